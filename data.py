@@ -1,0 +1,474 @@
+"""What comes in: rows, pictures and prompts; at the end, the toy world that the offline default trains on.
+
+Your own data is a JSON list (or JSONL) in the authors' format, and this is all of it:
+
+    {"qid": "1", "problem": "<image>How many red dots?", "answer": "3", "images": ["dots.png"], "key_words": ["red dot"]}
+
+and for the warm-up, sharegpt rows:
+
+    {"messages": [{"role": "user", "content": "<image>How many red dots?"},
+                  {"role": "assistant", "content": "### Image Description: ..."}], "images": ["dots.png"]}
+
+`<image>` marks a picture's place; without marks the pictures come first. Paths are relative to --image_root (default:
+the data file's folder) and must stay inside it. A row may list "choices" (["3", "4"]): then answers are options.
+
+Data files are untrusted: nothing here evaluates or unpickles them.
+"""
+
+from dataclasses import dataclass, field
+import json
+import math
+import os
+from pathlib import Path
+import random
+
+from PIL import Image, ImageDraw, ImageOps
+
+from rewards import parse_response
+
+IMAGE_MARK = "<image>"
+MIN_IMAGE_SIDE = 28  # pixels; the paper drops warm-up rows with smaller pictures
+RETHINK = "let me rethink it"  # the paper drops warm-up rows that say so, in any case
+
+# The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it.
+INSTRUCTION = """{question}
+
+Look at the image first, then reason, then answer. Write exactly these sections:
+### Image Description: everything in the image that matters for the question: objects, numbers, attributes, positions.
+### Rationales: what the question asks for, and how the image answers it.
+### Let's think step by step.
+### Step 1: the first step of the reasoning.
+### Step 2: the next step, and so on, as many as needed.
+### The final answer is: only the answer."""
+
+
+class DataError(ValueError):
+    """Bad input, with the file, the row and what to do. Shown to the user without a traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@dataclass
+class Row:
+    """One question. `raw` is the row as it was read: difficulty sampling writes it back unchanged."""
+
+    where: str  # "train.json row 12", the beginning of every message about this row
+    qid: str
+    problem: str
+    answer: str
+    images: list[str]  # absolute paths
+    key_words: list[str] = field(default_factory=list)
+    choices: list[str] | None = None
+    system: str = ""
+    response: str = ""  # what the warm-up learns to write; "" in RL rows
+    raw: dict = field(default_factory=dict)
+
+
+def read_json_rows(path: str) -> list[tuple[str, dict]]:
+    """(where, row) of a JSON list or of JSON lines. Raises DataError if the file is neither."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file")
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read()
+    name = os.path.basename(path)
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: neither a JSON list nor one JSON object a line ({error})") from None
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return [(f"{name} row {i}", row) for i, row in enumerate(rows)]
+
+
+def text_field(raw: dict, name: str) -> str:
+    value = raw.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f'field "{name}" is missing, empty or no text')
+    return value
+
+
+def text_list(raw: dict, name: str) -> list[str]:
+    value = raw.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+        raise DataError(f'field "{name}" must be a list of texts')
+    return value
+
+
+def image_paths(raw: dict, root: str) -> list[str]:
+    """Absolute paths of a row's pictures. Raises DataError for a missing file or one outside `root`, links resolved."""
+    root, paths = os.path.realpath(root), []
+    for name in text_list(raw, "images") if raw.get("images") is not None else []:
+        path = os.path.realpath(os.path.join(root, name))
+        if os.path.commonpath([root, path]) != root:
+            raise DataError(f"picture {name} lies outside the image root {root}")
+        if not os.path.isfile(path):
+            raise DataError(f"picture {name} is not in {root} (--image_root)")
+        paths.append(path)
+    return paths
+
+
+def rl_row(where: str, raw: dict, root: str, need_keywords: bool) -> Row:
+    """A row of the authors' RL format (see the top of this file)."""
+    row = Row(where, text_field(raw, "qid"), text_field(raw, "problem"), text_field(raw, "answer"), image_paths(raw, root), raw=raw)
+    if raw.get("key_words") is not None:
+        row.key_words = text_list(raw, "key_words")
+    if need_keywords and not row.key_words:
+        raise DataError('field "key_words" is missing or empty: the perception reward needs reference keywords')
+    if raw.get("choices"):
+        row.choices = text_list(raw, "choices")
+    return row
+
+
+def sft_row(where: str, raw: dict, root: str) -> Row:
+    """A sharegpt conversation: an optional system message, one question, one response. Its answer is the response's."""
+    messages = raw.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError('field "messages" must be a list of {"role", "content"}')
+    roles = [m.get("role") for m in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise DataError(f"messages must be (system,) user, assistant, here they are {roles}")
+    *system, user, response = [text_field(m, "content") for m in messages]
+    row = Row(where, str(raw.get("qid", where)), user, parse_response(response).answer, image_paths(raw, root), raw=raw)
+    row.system, row.response = "".join(system), response
+    return row
+
+
+def load_rows(path: str, image_root: str = "", need_keywords: bool = False) -> tuple[list[Row], list[str]]:
+    """The rows of an RL or SFT file, and what is wrong with the others ("train.json row 3: ...")."""
+    root = image_root or os.path.dirname(os.path.abspath(path))
+    rows, problems, seen = [], [], {}
+    for where, raw in read_json_rows(path):
+        try:
+            if not isinstance(raw, dict):
+                raise DataError("a row must be a JSON object")
+            row = sft_row(where, raw, root) if "messages" in raw else rl_row(where, raw, root, need_keywords)
+            marks = row.problem.count(IMAGE_MARK)
+            if marks and marks != len(row.images):
+                raise DataError(f"{marks} {IMAGE_MARK} marks for {len(row.images)} pictures")
+            if row.qid in seen:
+                raise DataError(f"qid {row.qid} is already that of {seen[row.qid]}")
+            seen[row.qid] = where
+            rows.append(row)
+        except DataError as error:
+            problems.append(f"{where}: {error}")
+    return rows, problems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures and prompts
+
+
+def load_image(path: str, min_pixels: int, max_pixels: int) -> Image.Image:
+    """Open a picture once: EXIF-turned, RGB, resized (aspect kept) so that its area lies within the pixel limits.
+
+    Raises DataError if the file is not a readable picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"picture {path} is not readable ({error})") from None
+    area = image.width * image.height
+    scale = math.sqrt(min(max(area, min_pixels), max_pixels) / area)
+    if scale != 1:
+        rounding = math.ceil if scale > 1 else math.floor  # so that rounding does not cross the limit again
+        image = image.resize((max(1, rounding(image.width * scale)), max(1, rounding(image.height * scale))), Image.BICUBIC)
+    return image
+
+
+def chat_messages(row: Row, instruction: str) -> list[dict]:
+    """The conversation up to the response, in the form that Hugging Face chat templates take.
+
+    RL questions stand inside `instruction` (at {question}); warm-up conversations are used as they are.
+    """
+    text = row.problem if row.response else instruction.replace("{question}", row.problem)
+    if IMAGE_MARK not in text:
+        text = IMAGE_MARK * len(row.images) + text
+    first, *rest = text.split(IMAGE_MARK)
+    content = [{"type": "text", "text": first}] if first else []
+    for piece in rest:
+        content += [{"type": "image"}] + ([{"type": "text", "text": piece}] if piece else [])
+    system = [{"role": "system", "content": [{"type": "text", "text": row.system}]}] if row.system else []
+    return system + [{"role": "user", "content": content}]
+
+
+def filter_warmup_rows(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
+    """The paper's two warm-up filters, counted: responses that say "let me rethink it"; pictures under 28 pixels a side.
+
+    (A missing or unreadable picture, the rest of the second filter, is a bad row: named, not quietly dropped.)
+    """
+    kept, dropped = [], {"rethink": 0, "small_picture": 0}
+    for row in rows:
+        if RETHINK in row.response.lower():
+            dropped["rethink"] += 1
+        elif any(min(picture_size(path)) < MIN_IMAGE_SIDE for path in row.images):
+            dropped["small_picture"] += 1
+        else:
+            kept.append(row)
+    return kept, dropped
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """(width, height) without decoding the picture; (28, 28) if unreadable, which the row check then reports."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return MIN_IMAGE_SIDE, MIN_IMAGE_SIDE
+
+
+# ======================================================================================================================
+# The toy world. A reader of the paper can stop here.
+#
+# Coloured shapes on a grid; count them, subtract them, add up their prices. It is written to disk once: pictures, data
+# files in the format above, a Hugging Face model folder, an open_clip folder. From then on only paths matter, so the toy
+# takes the same road as Qwen2.5-VL and FG-CLIP. What makes it a world in which the paper's method can show its effect:
+#   - One grid cell is one image token (28 x 28 pixels).
+#   - The teacher is noisy: it leaves out or misnames objects, so the warmed-up model has something to sharpen.
+#   - It slips in its steps too, the more objects there are: easy and medium questions.
+#   - Prices have many possible answers and are seldom shown in the warm-up: hard questions.
+# ======================================================================================================================
+
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}
+SHAPES = ["circle", "square", "triangle"]
+PLACES = ["top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right"]
+CELL = 28  # pixels
+
+
+@dataclass
+class ToyConfig:
+    """Sizes and noise of the toy world."""
+
+    sft_rows: int = 6000
+    rl_rows: int = 480
+    test_rows: int = 320
+    object_noise: float = 0.25  # share of the objects that the teacher's description leaves out or misnames
+    slip_per_object: float = 0.08  # chance of a slip in the teacher's steps, per object beyond the second
+    hidden: int = 128
+    text_layers: int = 4
+    vision_layers: int = 2
+    clip_steps: int = 60
+    clip_batch: int = 128
+
+
+def toy_scene(rng: random.Random) -> list[tuple[str, str, str]]:
+    """1 to 6 objects (color, shape, place) in reading order."""
+    cells = sorted(rng.sample(range(len(PLACES)), rng.randint(1, len(PLACES))))
+    return [(rng.choice(list(COLORS)), rng.choice(SHAPES), PLACES[cell]) for cell in cells]
+
+
+def toy_picture(scene, rng: random.Random) -> Image.Image:
+    image = Image.new("RGB", (3 * CELL, 2 * CELL), (250, 250, 250))
+    draw = ImageDraw.Draw(image)
+    for color, shape, place in scene:
+        cell = PLACES.index(place)
+        x, y = (cell % 3 + 0.5) * CELL + rng.uniform(-2, 2), (cell // 3 + 0.5) * CELL + rng.uniform(-2, 2)
+        r = rng.uniform(9, 11)
+        if shape == "circle":
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=COLORS[color])
+        elif shape == "square":
+            draw.rectangle([x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9], fill=COLORS[color])
+        else:
+            draw.polygon([(x, y - r), (x - r, y + r * 0.85), (x + r, y + r * 0.85)], fill=COLORS[color])
+    return image
+
+
+def toy_question(scene, kind: str, color: str) -> tuple[str, list, str]:
+    """(question, the objects that matter, answer)"""
+    same = [thing for thing in scene if thing[0] == color]
+    others = [thing for thing in scene if thing[0] != color]
+    if kind == "count":
+        return f"How many {color} objects are there ?", same, str(len(same))
+    if kind == "subtract":
+        return f"Subtract all {color} objects . How many objects are left ?", others, str(len(others))
+    price = 7 * len(same) + 3 * len(others)
+    return f"A {color} object costs 7 coins , any other 3 . How many coins do all objects cost ?", same, str(price)
+
+
+def toy_rationale(scene, kind: str, color: str, rng: random.Random, toy: ToyConfig) -> str:
+    """The teacher's response in the paper's answer format, with the teacher's mistakes."""
+    seen = []
+    for thing in scene:
+        if rng.random() < toy.object_noise:
+            if rng.random() < 0.5:
+                continue  # left out
+            thing = (rng.choice(list(COLORS)), rng.choice(SHAPES), thing[2])  # misnamed
+        seen.append(thing)
+    tell = lambda things: " , ".join(f"{c} {s} at the {p}" for c, s, p in things) or "none"
+    slip = rng.random() < toy.slip_per_object * max(0, len(scene) - 2)
+    believed = list(scene)
+    if slip:  # one object less, or one of another color: the steps then follow from the mistake
+        i = rng.randrange(len(believed))
+        believed[i : i + 1] = [] if rng.random() < 0.5 else [(rng.choice(list(COLORS)), *believed[i][1:])]
+    _, matter, answer = toy_question(believed, kind, color)
+    what = {"count": f"count the {color} objects", "subtract": f"leave out the {color} objects , count the rest",
+            "price": f"add up the coins of the {color} objects and of the others"}[kind]
+    return (
+        f"### Image Description: There are {len(scene)} objects . {tell(seen)} .\n### Rationales: {what} .\n"
+        f"### Let's think step by step.\n### Step 1: {tell(matter)} .\n### Step 2: that makes {answer} .\n"
+        f"### The final answer is: {answer}"
+    )
+
+
+def toy_keywords(scene) -> list[str]:
+    """Objects, number, attributes, spatial relations, as the paper's teacher names them."""
+    words = [f"{len(scene)} objects"]
+    for color, shape, place in scene:
+        words += [f"{color} {shape}", f"{shape} at the {place}"]
+    return list(dict.fromkeys(words))
+
+
+def toy_caption(scene, rng: random.Random) -> str:
+    """What the toy CLIP learns from: whole and partial lists in any order, with and without places."""
+    things = rng.sample(scene, len(scene))
+    style = rng.randrange(3)
+    if style == 0:
+        return "a picture of " + " and ".join(f"a {c} {s}" for c, s, _ in things)
+    listed = " , ".join(f"{c} {s} at the {p}" for c, s, p in (scene if style == 1 else things))
+    return f"There are {len(scene)} objects . {listed} ."
+
+
+def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
+    """Write the toy world under `folder`: images/, sft.json, train.json, test.json, prompt.txt, model/, clip/.
+
+    Everything follows from `seed`. A folder that is already complete is left alone.
+    """
+    done = Path(folder, "toy.json")
+    if done.exists():
+        return
+    print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)
+    rng = random.Random(seed)
+    Path(folder, "images").mkdir(parents=True, exist_ok=True)
+    for split, count, kinds in (
+        ("sft", toy.sft_rows, ["count"] * 12 + ["subtract"] * 7 + ["price"]),
+        ("train", toy.rl_rows, ["count"] * 9 + ["subtract"] * 7 + ["price"] * 4),
+        ("test", toy.test_rows, ["count"] * 9 + ["subtract"] * 7 + ["price"] * 4),
+    ):
+        rows = []
+        for i in range(count):
+            scene, kind, color = toy_scene(rng), rng.choice(kinds), rng.choice(list(COLORS))
+            image = f"images/{split}{i}.png"
+            toy_picture(scene, rng).save(Path(folder, image))
+            question, _, answer = toy_question(scene, kind, color)
+            if split == "sft":
+                messages = [{"role": "user", "content": "<image>" + question},
+                            {"role": "assistant", "content": toy_rationale(scene, kind, color, rng, toy)}]
+                rows.append({"messages": messages, "images": [image]})
+            else:
+                rows.append({"qid": f"{split}{i}", "problem": "<image>" + question, "answer": answer, "images": [image],
+                             "key_words": toy_keywords(scene), "kind": kind})
+        Path(folder, f"{split}.json").write_text(json.dumps(rows, indent=1))
+    Path(folder, "prompt.txt").write_text("{question}")  # the toy model has no use for an instruction
+    build_toy_model(Path(folder, "model"), seed, toy)
+    build_toy_clip(Path(folder, "clip"), seed, toy)
+    done.write_text(json.dumps({"seed": seed, **vars(toy)}))
+
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+HEADINGS = ["### Image Description:", "### Rationales:", "### Let's think step by step.", "### The final answer is:",
+            "### Step 1:", "### Step 2:"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def toy_processor(words: list[str]):
+    """A Qwen2.5-VL processor over a word-level vocabulary; the answer format's headings are one token each."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(SPECIAL_TOKENS + ["[UNK]"] + words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(heading, normalized=False) for heading in HEADINGS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="[UNK]",
+        additional_special_tokens=SPECIAL_TOKENS[1:], clean_up_tokenization_spaces=False,
+    )
+    image_processor = Qwen2VLImageProcessor(min_pixels=CELL * CELL, max_pixels=64 * CELL * CELL)
+    return Qwen2_5_VLProcessor(image_processor, fast, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+
+
+def build_toy_model(folder: Path, seed: int, toy: ToyConfig) -> None:
+    """A Qwen2.5-VL with random weights as a complete Hugging Face folder."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    words = "user assistant system none that makes count the leave out rest add up coins of and others There are objects . , ? at A object"
+    words += " How many is Subtract all left costs any other do cost " + " ".join([*COLORS, *SHAPES, *PLACES])
+    processor = toy_processor(words.split() + [str(n) for n in range(7 * len(PLACES) + 1)])
+    ids = processor.tokenizer.convert_tokens_to_ids
+    head = toy.hidden // 4
+    std = 1 / math.sqrt(toy.hidden)  # with transformers' default 0.02 a model this narrow does not learn to see
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(processor.tokenizer), hidden_size=toy.hidden, intermediate_size=2 * toy.hidden,
+            num_hidden_layers=toy.text_layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16]},
+            initializer_range=std, bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+        ),
+        vision_config=dict(
+            depth=toy.vision_layers, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=toy.hidden,
+            fullatt_block_indexes=[toy.vision_layers - 1], window_size=112, initializer_range=std,
+        ),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"), initializer_range=std,
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [ids("<|im_end|>"), ids("<|endoftext|>")]  # two, as Qwen2.5-VL has
+    model.generation_config.pad_token_id = ids("<|endoftext|>")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def build_toy_clip(folder: Path, seed: int, toy: ToyConfig) -> None:
+    """Train a tiny open_clip model on captioned toy pictures (under a minute) and write it as a "local-dir:" folder."""
+    import open_clip
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import save_file
+    from torchvision.transforms.functional import pil_to_tensor
+    from tqdm import tqdm
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed + 1)
+    size, context, steps = 64, 64, toy.clip_steps
+    config = {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": size, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32},
+        "text_cfg": {"context_length": context, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 2},
+    }
+    model = open_clip.CLIP(**config)
+    model.token_embedding.weight.requires_grad_(False).mul_(10)  # fixed random word codes: no gradient of 49,408 rows
+    tokenizer = open_clip.SimpleTokenizer(context_length=context)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    for step in tqdm(range(steps), desc="toy CLIP", leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        scenes = [toy_scene(rng) for _ in range(toy.clip_batch)]
+        pixels = torch.stack([pil_to_tensor(toy_picture(s, rng).resize((size, size), Image.BICUBIC)) for s in scenes])
+        images = model.encode_image((pixels / 255 - 0.5) / 0.5, normalize=True)
+        texts = model.encode_text(tokenizer([toy_caption(s, rng) for s in scenes]), normalize=True)
+        logits = model.logit_scale.exp() * images @ texts.T
+        target = torch.arange(len(scenes))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    preprocess = {"size": size, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))

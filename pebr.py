@@ -1,0 +1,1092 @@
+"""PeBR: perception before reasoning, in one file.  (arXiv 2509.13031)
+
+Two-stage reinforcement learning for vision-language models: first learn to see, then to reason.
+
+    accelerate launch pebr.py --stage warmup        # supervised: image + question -> structured rationale
+    accelerate launch pebr.py --stage sample        # 8 rollouts a question -> easy / medium / hard
+    accelerate launch pebr.py --stage perception    # GRPO on easy questions, CLIP + keyword rewards
+    accelerate launch pebr.py --stage reasoning     # GRPO on medium questions, accuracy reward
+    accelerate launch pebr.py --stage evaluate      # every model of the run, one table
+    accelerate launch pebr.py --stage all           # the five in a row
+
+Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir, takes
+its model and data from the stages before it, and makes those first if they are missing. The file reads in running order:
+config, policy, rollout, log-probs, advantages and loss, stage folders, warm-up, sampling, GRPO, evaluation, main.
+Rewards are in rewards.py; rows, pictures and the toy world in data.py.
+
+Where this departs from the paper's released code, and why:
+ [1] Keywords are looked for in the image description only, as whole words. Theirs searches the whole response for
+     substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
+ [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
+     perception RL, and counted.
+ [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
+ [4] A description longer than CLIP's context is scored in windows of whole sentences. Theirs is cut without a word.
+ [5] Sections are parsed once, in order; the last answer counts; no answer section, no accuracy. Theirs takes the first
+     match, and without one grades the whole response.
+ [6] Every completion token of an update weighs the same, over all micro-batches and processes (--loss_mean token). Theirs
+     averages micro-batch means, so that tokens of short responses weigh more.
+ [7] Difficulty sampling resumes, and has exactly n scores per question. Theirs appends, so that a re-run leaves 16.
+ [8] A group without spread has advantage exactly 0, not rounding noise divided by epsilon. It keeps its KL term.
+Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so rollouts come from a
+slightly narrower distribution than the one that is scored.
+"""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+import resource
+import shutil
+import sys
+import time
+import zlib
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from data import INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages, filter_warmup_rows, load_image, load_rows
+from rewards import STAGE_REWARDS, ClipScorer, score_parts, total_reward
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: the paper's settings, what a stage changes, what the toy changes. Flags come last and are made from the fields.
+
+
+def option(default, help, group):
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+RUN, DATA, TRAIN, ROLLOUT, GRPO, REWARD, EVAL, MEMORY = (
+    "run", "model and data", "training (of the stage that --stage names)", "rollout", "GRPO", "reward", "evaluation", "memory and speed",
+)  # fmt: skip
+
+
+@dataclass
+class Config:
+    # fmt: off
+    stage: str = option("all", "warmup, sample, perception, reasoning, evaluate, or all", RUN)
+    run_dir: str = option("runs/pebr", "folder that holds a folder per stage", RUN)
+    seed: int = option(0, "everything random follows from it", RUN)
+    overwrite: bool = option(False, "redo the stage although its folder is there", RUN)
+    log_with: str = option("", "an accelerate tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...", RUN)
+    print_every: int = option(10, "steps between two printed sample rollouts, 0 = never", RUN)
+    checkpoint_every: int = option(50, "steps between checkpoints to resume from, 0 = none", RUN)
+
+    model: str = option("toy", "base model: a Hugging Face id or folder, or toy", DATA)
+    train_data: str = option("toy", "RL questions: the authors' JSON, or JSONL, or toy", DATA)
+    sft_data: str = option("", "warm-up conversations: sharegpt JSON or JSONL (default: toy's with --train_data toy)", DATA)
+    test_data: str = option("", "held-out questions, rows as in --train_data (default: toy's with --train_data toy)", DATA)
+    image_root: str = option("", "folder of the pictures (default: the data file's folder)", DATA)
+    prompt_file: str = option("", "instruction around each RL question, {question} marks its place (default: data.INSTRUCTION)", DATA)
+    warmup_cases: str = option("all", "all, or hard: warm up on the rows that the base model gets wrong 8 times of 8", DATA)
+    skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping", DATA)
+    min_pixels: int = option(576, "smaller pictures are enlarged to this area", DATA)
+    max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 4194304)", DATA)
+    max_prompt_length: int = option(2048, "tokens, image tokens included; a longer prompt is a broken row, never cut", DATA)
+    max_sft_length: int = option(4096, "tokens of prompt and response in the warm-up", DATA)
+    trust_remote_code: bool = option(False, "run code that comes with the model folder", DATA)
+
+    from_model: str = option("", "start from this folder instead of the previous stage's (evaluate: score this folder only)", TRAIN)
+    from_data: str = option("", "train on this file instead of the previous stage's", TRAIN)
+    learning_rate: float = option(1e-6, "warm-up: 1e-5", TRAIN)
+    lr_schedule: str = option("constant", "constant or cosine (warm-up: cosine)", TRAIN)
+    lr_warmup: float = option(0.0, "share of the steps with a rising learning rate (warm-up: 0.1)", TRAIN)
+    weight_decay: float = option(0.01, "AdamW (warm-up: 0)", TRAIN)
+    grad_clip: float = option(1.0, "gradient norm limit; a non-finite norm skips the update", TRAIN)
+    epochs: int = option(1, "passes over the stage's data (warm-up 2, reasoning 2)", TRAIN)
+    max_steps: int = option(0, "stop after so many steps, 0 = as many as the epochs have", TRAIN)
+    freeze_vision: bool = option(False, "vision tower and projector stay as they are (warm-up: yes)", TRAIN)
+    sft_batch_size: int = option(128, "warm-up rows per update, over all processes", TRAIN)
+    rollout_batch_size: int = option(512, "questions per step, over all processes (perception: 560)", TRAIN)
+    update_batch_size: int = option(128, "questions per optimizer update (perception: 112); updates per step = the ratio of the two", TRAIN)
+
+    group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO", ROLLOUT)
+    temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO", ROLLOUT)
+    top_p: float = option(0.99, "of the rollouts", ROLLOUT)
+    max_new_tokens: int = option(2048, "longest response; what reaches it counts as truncated", ROLLOUT)
+
+    kl_coef: float = option(0.01, "weight of the k3 KL to the stage's start model; 0 = no reference model is loaded", GRPO)
+    clip_low: float = option(0.2, "the ratio is clipped at 1 - this", GRPO)
+    clip_high: float = option(0.3, "the ratio is clipped at 1 + this (DAPO, arXiv 2503.14476)", GRPO)
+    clip_dual: float = option(3.0, "bound on the loss of negative advantages, 0 = off (dual clip, arXiv 1912.09729)", GRPO)
+    advantage_eps: float = option(1e-6, "advantage = (reward - mean) / (std + this)", GRPO)
+    advantage_std: bool = option(True, "divide by the group's std; off: Dr. GRPO (arXiv 2503.20783)", GRPO)
+    loss_mean: str = option("token", "token; sequence (GRPO, arXiv 2402.03300); constant (Dr. GRPO, arXiv 2503.20783)", GRPO)
+    ratio: str = option("token", "token, or sequence (GSPO, arXiv 2507.18071)", GRPO)
+    mask_truncated: bool = option(False, "truncated responses do not train, but stay in the group mean (DAPO)", GRPO)
+    resample_rounds: int = option(0, "replace groups without spread by new questions, at most so often (DAPO)", GRPO)
+
+    clip_model: str = option("", "open_clip name/tag, hf-hub:id or local-dir:folder, or toy (default with --train_data toy)", REWARD)
+    clip_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
+    clip_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
+
+    eval_samples: int = option(1, "sampled responses per question, beside the greedy one", EVAL)
+    eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
+
+    mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no", MEMORY)
+    micro_batch_size: int = option(4, "responses per forward and backward; lower this first when memory runs out", MEMORY)
+    generate_batch_size: int = option(64, "responses generated at once per process", MEMORY)
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass", MEMORY)
+    # fmt: on
+
+
+STAGES = {  # the paper's settings where a stage departs from the defaults above
+    "warmup": dict(learning_rate=1e-5, lr_schedule="cosine", lr_warmup=0.1, weight_decay=0.0, epochs=2, freeze_vision=True),
+    "sample": dict(max_pixels=4_194_304),
+    "perception": dict(rollout_batch_size=560, update_batch_size=112),
+    "reasoning": dict(epochs=2),
+    "evaluate": dict(),
+}
+TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
+    "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=256, max_prompt_length=64,
+             max_new_tokens=128, prompt_file="toy", clip_hi=0.9, eval_samples=4, eval_temperature=1.0),
+    "warmup": dict(learning_rate=1e-3, sft_batch_size=32, max_steps=600, freeze_vision=False),
+    "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=20),
+    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
+}  # fmt: skip
+SETTINGS = {  # what must not change between the start and the end of a stage
+    "warmup": (DATA, TRAIN), "sample": (DATA, ROLLOUT), "perception": (DATA, TRAIN, ROLLOUT, GRPO, REWARD),
+    "reasoning": (DATA, TRAIN, ROLLOUT, GRPO), "evaluate": (DATA, ROLLOUT, REWARD, EVAL),
+}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A flag, or a combination of flags or of folders, that cannot work; says what to change."""
+
+
+def parse_flags(argv: list[str]) -> dict:
+    """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\nWhere this departs")[0],
+        epilog="Defaults are the paper's; a stage's own settings and the toy's (--model toy) replace them, flags replace those.\n"
+        "Stages that have to be made first get the flags too, except the group 'training'.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
+    groups = {}
+    for f in fields(Config):
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        text = f"{f.metadata['help']} [{f.default}]" if f.default != "" else f.metadata["help"]
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
+    return vars(parser.parse_args(argv))
+
+
+def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
+    """Config of one stage: paper < stage < toy < flags. A stage nobody asked for does not get the `training` flags."""
+    cfg = replace(Config(), **STAGES[stage])
+    if flags.get("model", cfg.model) == "toy":
+        cfg = replace(cfg, **TOY[""], **TOY.get(stage, {}))
+    group = {f.name: f.metadata["group"] for f in fields(Config)}
+    cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
+    toy_data = {name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"}
+    cfg = replace(cfg, stage=stage, **toy_data)
+    toy = Path(cfg.run_dir, "toy")
+    paths = dict(model=toy / "model", train_data=toy / "train.json", sft_data=toy / "sft.json", test_data=toy / "test.json",
+                 clip_model=f"local-dir:{toy / 'clip'}", prompt_file=toy / "prompt.txt")  # fmt: skip
+    return replace(cfg, **{name: str(path) for name, path in paths.items() if getattr(cfg, name) == "toy"})
+
+
+def check_config(cfg: Config, num_processes: int) -> None:
+    """Raises ConfigError for settings that cannot work, before anything is loaded."""
+    def need(condition, message):
+        if not condition:
+            raise ConfigError(message)
+
+    for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
+                              warmup_cases=["all", "hard"], mixed_precision=["no", "bf16"]).items():  # fmt: skip
+        need(getattr(cfg, name) in allowed, f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+    for f in fields(Config):
+        if f.type in (int, float):
+            need(getattr(cfg, f.name) >= 0, f"--{f.name} {getattr(cfg, f.name)}: must not be negative")
+    for name in ("epochs", "max_new_tokens", "micro_batch_size", "generate_batch_size", "eval_samples", "min_pixels", "temperature", "sft_batch_size",
+                 "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
+        need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
+    need(cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more")
+    need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
+    need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
+    need(cfg.clip_lo < cfg.clip_hi, f"--clip_lo {cfg.clip_lo} must be less than --clip_hi {cfg.clip_hi}")
+    if cfg.stage in STAGE_REWARDS:
+        need(cfg.rollout_batch_size % cfg.update_batch_size == 0,
+             f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --update_batch_size {cfg.update_batch_size}")  # fmt: skip
+        need(cfg.update_batch_size % num_processes == 0,
+             f"--update_batch_size {cfg.update_batch_size} does not divide over {num_processes} processes (whole groups stay together)")  # fmt: skip
+    need(cfg.stage != "warmup" or cfg.sft_batch_size % num_processes == 0,
+         f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
+    for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
+        need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
+    if cfg.stage in ("perception", "evaluate"):
+        need(cfg.clip_model, f"--stage {cfg.stage} needs --clip_model, for example ViT-L-14-336/openai or local-dir:my_clip_folder")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy: a Hugging Face vision-language model, its processor, and prompts as tensors
+
+
+@dataclass
+class Policy:
+    model: torch.nn.Module
+    processor: object
+    end_ids: list[int]  # every one of them ends a response
+    pad_id: int
+    banned_ids: list[int]  # image, video and vision marks: a sampled one has no picture behind it and crashes the forward
+
+
+@dataclass
+class Prompt:
+    """One question, ready for the model. `inputs`: what the processor returned for it alone, batch dimension 1."""
+
+    row: Row
+    images: list  # PIL, for CLIP
+    inputs: dict[str, torch.Tensor]
+
+
+def load_policy(path: str, cfg: Config) -> Policy:
+    """Any AutoModelForImageTextToText folder or hub id, in float32.
+
+    Never bf16 weights: at lr 1e-6 a bf16 weight is too coarse to move at all; bf16 compute comes from accelerate.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from None
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
+    tokenizer = processor.tokenizer
+    end_ids = model.generation_config.eos_token_id
+    end_ids = tokenizer.eos_token_id if end_ids is None else end_ids
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    banned = {getattr(model.config, name, None) for name in names} - {None}
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts: it is kept for saving.
+    model.saved_generation_config, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=pad_id)
+    return Policy(model, processor, end_ids, pad_id, sorted(banned))
+
+
+def save_policy(policy: Policy, accelerator: Accelerator, model, folder: Path) -> None:
+    """A complete Hugging Face folder, in float32 so that the next stage goes on from the exact weights."""
+    state = accelerator.get_state_dict(model)  # collective: on every process
+    if accelerator.is_main_process:
+        clean, policy.model.generation_config = policy.model.generation_config, policy.model.saved_generation_config
+        policy.model.save_pretrained(folder, state_dict=state)
+        policy.processor.save_pretrained(folder)
+        policy.model.generation_config = clean
+
+
+def freeze_vision(model: torch.nn.Module) -> None:
+    """Freeze the vision tower and the projector, by the names that transformers gives them."""
+    parts = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")
+    frozen = [p.requires_grad_(False) for name, p in model.named_parameters() if any(part in name for part in parts)]
+    if not frozen:
+        raise ConfigError(f"--freeze_vision: found none of {', '.join(parts)} in {type(model).__name__}; use --no-freeze_vision")
+
+
+def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Prompt:
+    """Open the row's pictures, render the chat template, run the processor. Raises DataError for a prompt that is too long."""
+    images = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
+    text = policy.processor.apply_chat_template(chat_messages(row, instruction), tokenize=False, add_generation_prompt=True)
+    # The template has written the special tokens already; the tokenizer must not add a second set.
+    inputs = policy.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
+    length = inputs["input_ids"].shape[1]
+    if length > cfg.max_prompt_length:
+        raise DataError(f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels")
+    return Prompt(row, images, dict(inputs))
+
+
+def encode_response(policy: Policy, text: str) -> torch.Tensor:
+    """(C,) token ids of a response and its end token: what the warm-up learns, no more and no less."""
+    return torch.tensor(policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.processor.tokenizer.eos_token_id])
+
+
+def collate(prompts: list[Prompt], completions: list[torch.Tensor] | None, pad_id: int, device) -> dict[str, torch.Tensor]:
+    """One batch [padding, prompt | completion, padding], so that completions start in the same column in every row.
+
+    completions: (C_i,) ids or None. Per-token tensors get shape (B, T + C); pictures are concatenated whole, one run of
+    patches per image, because repeating or cutting them by rows would mix pictures up.
+    """
+    T = max(p.inputs["input_ids"].shape[1] for p in prompts)
+    C = max(len(c) for c in completions) if completions else 0
+    batch = {}
+    for name in dict.fromkeys(name for p in prompts for name in p.inputs):
+        values = [(i, p.inputs[name]) for i, p in enumerate(prompts) if name in p.inputs]
+        if all(value.shape == prompts[i].inputs["input_ids"].shape for i, value in values):  # ids, mask, token types
+            fill = pad_id if name == "input_ids" else 0
+            batch[name] = values[0][1].new_full((len(prompts), T + C), fill)
+            for i, value in values:
+                batch[name][i, T - value.shape[1] : T] = value[0]
+                if completions and name in ("input_ids", "attention_mask"):
+                    batch[name][i, T : T + len(completions[i])] = completions[i] if name == "input_ids" else 1
+        else:
+            batch[name] = torch.cat([value for _, value in values])
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+@dataclass
+class Rollout:
+    """One response of the policy to one prompt, and what became of it."""
+
+    prompt: Prompt
+    tokens: torch.Tensor  # (C,) sampled ids, the end token included if there is one
+    text: str
+    truncated: bool  # no end token within max_new_tokens
+    parts: dict = field(default_factory=dict)  # of the reward
+    reward: float = 0.0
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None  # (C,) under the policy that sampled; None: this is still that policy
+    ref_logprobs: torch.Tensor | None = None  # (C,) under the stage's start model
+
+
+def first_end(tokens: torch.Tensor, end_ids: list[int]) -> tuple[int, bool]:
+    """(length up to and with the first end token, whether there is none). From positions: padding may equal an end token."""
+    ends = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device)).nonzero()
+    return (int(ends[0]) + 1, False) if len(ends) else (len(tokens), True)
+
+
+@torch.no_grad()
+def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float) -> list[Rollout]:
+    """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy."""
+    policy.model.eval()
+    sampling = dict(do_sample=True, temperature=temperature, top_p=cfg.top_p, top_k=0) if temperature else dict(do_sample=False)
+    rollouts, size = [], max(1, cfg.generate_batch_size // n)
+    for start in range(0, len(prompts), size):
+        chunk = prompts[start : start + size]
+        batch = collate(chunk, None, policy.pad_id, accelerator.device)
+        with accelerator.autocast():
+            ids = policy.model.generate(
+                **batch, **sampling, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens, repetition_penalty=1.0,
+                suppress_tokens=policy.banned_ids or None, eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
+            )  # fmt: skip
+        for i, tokens in enumerate(ids[:, batch["input_ids"].shape[1] :].cpu()):
+            length, truncated = first_end(tokens, policy.end_ids)
+            text = policy.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            rollouts.append(Rollout(chunk[i // n], tokens[:length], text, truncated))
+    policy.model.train()
+    return rollouts
+
+
+def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None) -> None:
+    """Fill in the reward parts (rewards.py)."""
+    parts = score_parts([r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts], [r.text for r in rollouts],
+                        [len(r.tokens) for r in rollouts], clip)  # fmt: skip
+    for rollout, part in zip(rollouts, parts):
+        rollout.parts = part
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs
+
+
+def token_logprobs(model, prompts: list[Prompt], completions: list[torch.Tensor], pad_id: int, temperature: float, device):
+    """Log-probs of the completion tokens at the temperature they were sampled with, and the exact entropy there.
+
+    Returns logprobs (B, C) with gradient, entropy (B, C) without, mask (B, C). Softmax over the whole vocabulary in
+    float32, before the ban and before top-p.
+    """
+    batch = collate(prompts, completions, pad_id, device)
+    C = max(len(c) for c in completions)
+    lengths = torch.tensor([len(c) for c in completions], device=device)
+    mask = (torch.arange(C, device=device) < lengths[:, None]).float()  # (B, C)
+    logits = model(**batch, use_cache=False, logits_to_keep=C + 1).logits[:, -C - 1 : -1].float() / temperature  # (B, C, V)
+    logprobs = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)  # (B, C)
+    ids = batch["input_ids"][:, -C:]  # (B, C)
+    return logprobs.gather(-1, ids[..., None])[..., 0] * mask, entropy * mask, mask
+
+
+@torch.no_grad()
+def rollout_logprobs(model, rollouts: list[Rollout], policy: Policy, cfg: Config, accelerator) -> list[torch.Tensor]:
+    """(C_i,) log-probs of each rollout under `model`, in micro-batches."""
+    result = []
+    for start in range(0, len(rollouts), cfg.micro_batch_size):
+        chunk = rollouts[start : start + cfg.micro_batch_size]
+        with accelerator.autocast():
+            logprobs, _, _ = token_logprobs(model, [r.prompt for r in chunk], [r.tokens for r in chunk], policy.pad_id, cfg.temperature, accelerator.device)
+        result += [row[: len(r.tokens)].cpu() for row, r in zip(logprobs, chunk)]
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages and loss
+
+
+def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, divide_by_std: bool = True) -> torch.Tensor:
+    """rewards (P, G) -> advantages (P, G): (r - mean) / (std + eps) within the group, unbiased std. [8]"""
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (P, 1)
+    advantages = centered / (rewards.std(dim=1, keepdim=True) + eps) if divide_by_std else centered
+    return torch.where(spread > 1e-6, advantages, 0.0)  # rounding noise is no signal
+
+
+def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy ("low_var_kl")."""
+    d = ref_logprobs - logprobs
+    return d.exp() - d - 1
+
+
+def token_weights(mask: torch.Tensor, loss_mean: str, totals: dict, max_new_tokens: int) -> torch.Tensor:
+    """(B, C) weight of each token; `totals` are of the whole update, over all micro-batches and processes. [6]
+
+    token: every token the same (the paper). sequence: every response the same (GRPO). constant: tokens over the largest
+    possible count, so that no length is favored (Dr. GRPO).
+    """
+    if loss_mean == "token":
+        return mask / totals["tokens"]
+    if loss_mean == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / totals["sequences"]
+    return mask / (totals["sequences"] * max_new_tokens)
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, cfg: Config):
+    """Clipped surrogate with dual clip, plus k3 KL: a weighted sum over this micro-batch's tokens.
+
+    logprobs, old_logprobs, ref_logprobs (or None), mask, weights: (B, C); advantages: (B,). Weights add up to 1 over the
+    update, so losses and metrics of micro-batches and processes add up to means. Returns (loss, metrics).
+    """
+    log_ratio = logprobs - old_logprobs
+    if cfg.ratio == "sequence":  # GSPO: the geometric mean over the response, the same for each of its tokens
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    adv = advantages[:, None]
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    surrogate = torch.min(ratio * adv, clipped * adv)
+    dual = (adv < 0) & (ratio > cfg.clip_dual) if cfg.clip_dual else torch.zeros_like(ratio, dtype=torch.bool)
+    surrogate = torch.where(dual, cfg.clip_dual * adv, surrogate)  # a huge ratio cannot make the loss huge
+    loss = -(surrogate * weights).sum()
+    metrics = {
+        "clipped_low": (((ratio < 1 - cfg.clip_low) & (adv < 0)) * weights).sum(),
+        "clipped_high": (((ratio > 1 + cfg.clip_high) & (adv > 0)) * weights).sum(),
+        "clipped_dual": (dual * weights).sum(),
+    }
+    if ref_logprobs is not None:
+        kl = (k3_kl(logprobs, ref_logprobs) * weights).sum()
+        loss = loss + cfg.kl_coef * kl
+        metrics["kl"] = kl
+    return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
+
+
+def optimizer_step(accelerator, model, optimizer, cfg: Config, micro_batches: list, loss_of) -> dict[str, float]:
+    """One update: gradients of all micro-batches and processes, clipped; a non-finite norm skips it. Returns summed metrics.
+
+    loss_of(micro_batch) -> (loss, metrics), already divided by the counts of the whole update. DDP averages gradients over
+    processes, hence the factor. Every process must come with the same number of micro-batches.
+    """
+    sums = {}
+    for i, micro_batch in enumerate(micro_batches):
+        with nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(model):  # the forward belongs inside, too
+            with accelerator.autocast():
+                loss, metrics = loss_of(micro_batch)
+            accelerator.backward(loss * accelerator.num_processes)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.float()
+    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums = {name: float(value) for name, value in zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum"))}
+    return {**sums, "grad_norm": float(norm), "skipped_updates": 0.0 if finite else 1.0}
+
+
+def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
+    """By hand, from the step: a prepared scheduler would advance once per process. Returns the learning rate."""
+    warmup = math.ceil(cfg.lr_warmup * total)
+    scale = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if cfg.lr_schedule == "cosine" and step >= warmup:
+        scale = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.learning_rate * scale
+    return cfg.learning_rate * scale
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage folders: what is done, with which settings, and what it was made from
+
+
+def fingerprint(path: str) -> str:
+    """Of a stage's folder: the moment it was finished. Of a data file: its content. Of anything else: its name."""
+    if os.path.isfile(path):
+        return hashlib.sha1(Path(path).read_bytes()).hexdigest()
+    stage = Path(path, "stage.json")
+    return json.loads(stage.read_text())["finished"] if stage.is_file() else str(path)
+
+
+def is_finished(folder: Path) -> bool:
+    return Path(folder, "stage.json").is_file() and bool(json.loads(Path(folder, "stage.json").read_text())["finished"])
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, accelerator: Accelerator) -> bool:
+    """Make or find the stage's folder. True: run it (from its start or its checkpoint); False: it is finished.
+
+    Raises ConfigError if the folder was made with other settings or from other inputs. Of a finished stage nobody asked
+    for, only the model and the data have to agree.
+    """
+    group = {f.name: f.metadata["group"] for f in fields(Config)}
+    relevant = [name for name in asdict(cfg) if group[name] in SETTINGS[cfg.stage] or name == "seed"]
+    settings = {name: getattr(cfg, name) for name in relevant}
+    inputs = {name: fingerprint(path) for name, path in inputs.items()}
+    run, record = True, folder / "stage.json"
+    if accelerator.is_main_process and cfg.overwrite and asked and record.is_file():
+        shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
+    if record.is_file():
+        old = json.loads(record.read_text())
+        names = relevant if asked or not old["finished"] else [n for n in relevant if group[n] == DATA]
+        changed = [f"{n} was {old['settings'].get(n)!r}, now {settings[n]!r}" for n in names if old["settings"].get(n) != settings[n]]
+        changed += [f"its {n} has changed since" for n in inputs if old["inputs"].get(n) != inputs[n]]
+        if changed:
+            raise ConfigError(f"{folder} was made with other settings:\n  " + "\n  ".join(changed)
+                              + f"\nUse another --run_dir, or redo it with --stage {cfg.stage} --overwrite.")  # fmt: skip
+        run = not old["finished"]
+    accelerator.wait_for_everyone()
+    if run and accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs})
+        write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
+    accelerator.wait_for_everyone()
+    accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
+    return run
+
+
+def finish_stage(folder: Path, accelerator: Accelerator) -> None:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(folder / "stage.json", {**json.loads((folder / "stage.json").read_text()), "finished": str(time.time_ns())})
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The whole lines of a file that may end in a torn one."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def append_jsonl(path: Path, records: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def save_checkpoint(folder: Path, step: int, accelerator: Accelerator) -> None:
+    """Model and optimizer after `step` steps. Random states need no saving: each step seeds itself."""
+    temporary, final = folder / "checkpoint.tmp", folder / "checkpoint"
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        write_json(temporary / "step.json", step)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
+    """Steps already done (0 without a checkpoint). Log lines that are newer than the checkpoint are taken back."""
+    record = folder / "checkpoint" / "step.json"
+    step = json.loads(record.read_text()) if record.is_file() else 0
+    if step:
+        accelerator.load_state(str(folder / "checkpoint"))
+        accelerator.print(f"resuming after step {step}")
+    if accelerator.is_main_process:
+        for name in ("metrics.jsonl", "samples.jsonl", "timing.jsonl"):
+            kept = [record for record in read_jsonl(folder / name) if record["step"] <= step]
+            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in kept))
+    accelerator.wait_for_everyone()
+    return step
+
+
+def seed_step(cfg: Config, stage: str, step: int, process: int = 0) -> None:
+    """Every step seeds itself, so that a resumed run samples what the uninterrupted one would have."""
+    torch.manual_seed(zlib.crc32(f"{cfg.seed} {stage} {step} {process}".encode()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the stages share: checked rows, a shuffled stream of them, log lines
+
+
+def read_instruction(cfg: Config) -> str:
+    if not cfg.prompt_file:
+        return INSTRUCTION
+    if not os.path.isfile(cfg.prompt_file) or "{question}" not in (text := Path(cfg.prompt_file).read_text()):
+        raise ConfigError(f"--prompt_file {cfg.prompt_file}: no such file, or it lacks the mark {{question}}")
+    return text
+
+
+def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, original: str, need_keywords=False) -> list[Row]:
+    """Rows of a data file, each one encoded once the way training will. Broken rows stop the run with the whole list, or
+    are dropped and counted with --skip_bad_rows. `original`: the file whose folder picture paths are relative to."""
+    rows, problems = load_rows(path, cfg.image_root or os.path.dirname(os.path.abspath(original)), need_keywords)
+    instruction, mine = read_instruction(cfg), []
+    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
+        try:
+            length = encode_prompt(policy, rows[i], cfg, instruction).inputs["input_ids"].shape[1]
+            if rows[i].response:
+                length += len(encode_response(policy, rows[i].response))
+                if length > cfg.max_sft_length:
+                    raise DataError(f"prompt and response have {length} tokens, --max_sft_length is {cfg.max_sft_length}")
+        except DataError as error:
+            mine.append((i, f"{rows[i].where}: {error}"))
+    broken = dict(gather_object(mine))
+    problems += [message for _, message in sorted(broken.items())]
+    good = [row for i, row in enumerate(rows) if i not in broken]
+    if problems:
+        listed = "\n  ".join(problems[:50]) + (f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else "")
+        if not cfg.skip_bad_rows:
+            raise DataError(f"{path} has {len(problems)} broken rows (--skip_bad_rows drops them):\n  {listed}")
+        accelerator.print(f"{path}: dropped {len(problems)} broken rows:\n  {listed}")
+    if not good:
+        raise DataError(f"{path}: no usable rows")
+    return good
+
+
+def shuffled_batch(rows: list, step: int, batch_size: int, seed: int) -> list:
+    """Batch number `step` of an endless stream of shuffled epochs. The last batch of a run reaches into one more epoch."""
+    batch = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(position, len(rows))
+        if not batch or i == 0:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode())))
+        batch.append(rows[order[i]])
+    return batch
+
+
+def number_of_steps(num_rows: int, batch_size: int, cfg: Config) -> int:
+    return cfg.max_steps or math.ceil(num_rows * cfg.epochs / batch_size)
+
+
+def local_share(items: list, accelerator) -> list:
+    """This process's contiguous part of a global batch."""
+    size = len(items) // accelerator.num_processes
+    return items[accelerator.process_index * size : (accelerator.process_index + 1) * size]
+
+
+def micro_batches(items: list, cfg: Config) -> list[list]:
+    return [items[i : i + cfg.micro_batch_size] for i in range(0, len(items), cfg.micro_batch_size)]
+
+
+def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, seconds: dict, bar: tqdm, accelerator, shown: list[str]) -> None:
+    """metrics.jsonl (the same on every run with one seed), timing.jsonl (not so), a line on the screen, trackers."""
+    metrics = {name: round(value, 6) for name, value in metrics.items()}
+    peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    timing = {**{name: round(value, 3) for name, value in seconds.items()}, "peak_gib": round(peak / 2**30, 2)}
+    accelerator.log({f"{cfg.stage}/{name}": value for name, value in {**metrics, **timing}.items()}, step=step)
+    if accelerator.is_main_process:
+        append_jsonl(folder / "metrics.jsonl", [{"step": step, **metrics}])
+        append_jsonl(folder / "timing.jsonl", [{"step": step, **timing}])
+        line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
+        bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds[n] for n in seconds if not n.endswith('per_s')):.1f} s")
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "reward", "accuracy") if name in metrics})
+    bar.update()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warm-up: supervised fine-tuning on structured rationales
+
+
+def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
+    policy = load_policy(model_path, cfg)
+    rows = checked_rows(data_path, cfg, policy, accelerator, cfg.sft_data)
+    if any(not row.response for row in rows):
+        raise DataError(f"{data_path}: the warm-up needs sharegpt rows (messages), these are RL rows without a response")
+    rows, dropped = filter_warmup_rows(rows)
+    accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}")
+    if not rows:
+        raise DataError(f"{data_path}: the warm-up filters dropped every row")
+    if accelerator.is_main_process:
+        write_json(folder / "summary.json", {"rows": len(rows), "dropped": dropped})
+    if cfg.freeze_vision:
+        freeze_vision(policy.model)
+    if cfg.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(policy.model, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    total, instruction = number_of_steps(len(rows), cfg.sft_batch_size, cfg), read_instruction(cfg)
+    start = load_checkpoint(folder, accelerator)
+    bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
+    model.train()
+    for step in range(start + 1, total + 1):
+        clock = time.perf_counter()
+        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
+        examples = [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
+        tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
+
+        def loss_of(examples):
+            logprobs, _, _ = token_logprobs(model, [p for p, _ in examples], [c for _, c in examples], policy.pad_id, 1.0, accelerator.device)
+            loss = -logprobs.sum() / tokens
+            return loss, {"loss": loss.detach()}
+
+        lr = set_learning_rate(optimizer, cfg, step - 1, total)
+        metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(examples, cfg), loss_of)
+        seconds = time.perf_counter() - clock
+        log_step(folder, cfg, step, total, {**metrics, "learning_rate": lr},
+                 {"update_s": seconds, "update_tokens_per_s": float(tokens) / seconds}, bar, accelerator, ["loss", "grad_norm"])  # fmt: skip
+        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+            save_checkpoint(folder, step, accelerator)
+    bar.close()
+    save_policy(policy, accelerator, model, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
+
+
+def answer_questions(policy: Policy, rows: list[Row], n: int, temperature: float, cfg: Config, clip, path: Path, accelerator) -> list[dict]:
+    """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped.
+
+    Questions go through in fixed chunks with a seed each, so that an interrupted run gives the lines of a whole one.
+    """
+    records = [read_jsonl(path)] if accelerator.is_main_process else [None]
+    broadcast_object_list(records)
+    done = {record["qid"]: record for record in records[0]}
+    if accelerator.is_main_process and path.is_file():
+        path.write_text("".join(json.dumps(record) + "\n" for record in done.values()))  # without a torn last line
+    instruction, width = read_instruction(cfg), max(1, cfg.generate_batch_size // n) * accelerator.num_processes
+    bar = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process)
+    for start in range(0, len(rows), width):
+        chunk = rows[start : start + width]
+        if any(row.qid not in done for row in chunk):
+            seed_step(cfg, path.stem, start, accelerator.process_index)
+            mine = chunk[accelerator.process_index :: accelerator.num_processes]
+            rollouts = generate_rollouts(policy, [encode_prompt(policy, row, cfg, instruction) for row in mine], n, cfg, accelerator, temperature)
+            score_rollouts(rollouts, clip)
+            groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
+            records = [
+                {"qid": row.qid, "answer": row.answer, "scores": [r.parts["accuracy"] for r in group], "responses": [r.text for r in group],
+                 "parts": [r.parts for r in group], "tokens": [len(r.tokens) for r in group], "truncated": [r.truncated for r in group]}
+                for row, group in zip(mine, groups)
+            ]  # fmt: skip
+            new = [record for record in gather_object(records) if record["qid"] not in done]
+            done.update({record["qid"]: record for record in new})
+            if accelerator.is_main_process:
+                append_jsonl(path, new)
+        bar.update(len(chunk))
+        bar.set_postfix(accuracy=f"{sum(sum(d['scores']) for d in done.values()) / sum(len(d['scores']) for d in done.values()):.3f}")
+    bar.close()
+    return [done[row.qid] for row in rows]
+
+
+def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int) -> dict[str, list[Row]]:
+    """easy: all n right, medium: some, hard: none (paper, section "difficulty sampling"). Raises DataError unless each
+    question has exactly n scores. [7]"""
+    split = {"easy": [], "medium": [], "hard": []}
+    for row in rows:
+        if len(scores[row.qid]) != n:
+            raise DataError(f"question {row.qid} has {len(scores[row.qid])} scores instead of {n}: delete rollouts.jsonl and sample again")
+        right = sum(scores[row.qid])
+        split["easy" if right == n else "hard" if right == 0 else "medium"].append(row)
+    return split
+
+
+def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """Answer every question G times with a frozen model; write easy.json, medium.json, hard.json and summary.json.
+
+    The three files have the input's rows unchanged. A group whose answers are all right or all wrong has no advantage and
+    teaches reasoning nothing; a question that is always answered right is safe to describe.
+    """
+    policy = load_policy(model_path, cfg)
+    rows = checked_rows(data_path, cfg, policy, accelerator, data_path, need_keywords=data_path == cfg.train_data)
+    for row in rows:
+        if not row.answer:
+            raise DataError(f"{row.where}: no answer to grade against (its response has no final answer section)")
+    policy.model = accelerator.prepare_model(policy.model, evaluation_mode=True)
+    records = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator)
+    split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
+    right = [int(sum(record["scores"])) for record in records]
+    summary = {
+        "questions": len(rows),
+        **{name: len(part) for name, part in split.items()},
+        "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
+        "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
+        "truncated": round(sum(sum(record["truncated"]) for record in records) / len(records) / cfg.group_size, 4),
+    }
+    if accelerator.is_main_process:
+        for name, part in split.items():
+            write_json(folder / f"{name}.json", [row.raw for row in part])
+        write_json(folder / "summary.json", summary)
+    accelerator.print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GRPO: perception RL and reasoning RL are this loop with another reward and other questions
+
+
+def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, clip, weights: dict, accelerator) -> tuple[list[Rollout], dict]:
+    """Rollouts, rewards and advantages for this process's questions. Returns them, whole groups in order, and seconds."""
+    G, instruction, groups = cfg.group_size, read_instruction(cfg), []
+    seconds = {"rollout_s": 0.0, "reward_s": 0.0}
+    for attempt in range(cfg.resample_rounds + 1):
+        clock = time.perf_counter()
+        rollouts = generate_rollouts(policy, [encode_prompt(policy, row, cfg, instruction) for row in rows], G, cfg, accelerator, cfg.temperature)
+        seconds["rollout_s"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        score_rollouts(rollouts, clip)
+        seconds["reward_s"] += time.perf_counter() - clock
+        for rollout in rollouts:
+            rollout.reward = total_reward(rollout.parts, weights)
+        groups += [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
+        tied = [i for i, group in enumerate(groups) if max(r.reward for r in group) - min(r.reward for r in group) <= 1e-6]
+        if attempt == cfg.resample_rounds or not tied or not spare:
+            break
+        rows, spare = spare[: len(tied)], spare[len(tied) :]
+        groups = [group for i, group in enumerate(groups) if i not in tied[: len(rows)]]  # their places go to the new questions
+    rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
+    for group, advantages in zip(groups, group_advantages(rewards, cfg.advantage_eps, cfg.advantage_std).tolist()):
+        for rollout, advantage in zip(group, advantages):
+            rollout.advantage = advantage
+    return [r for group in groups for r in group], seconds
+
+
+def update_policy(rollouts: list[Rollout], model, optimizer, policy: Policy, cfg: Config, accelerator) -> dict[str, float]:
+    """One optimizer update on whole groups; this process holds `rollouts` of them."""
+    device = accelerator.device
+    trains = lambda r: not (cfg.mask_truncated and r.truncated)
+    counts = torch.tensor([sum(len(r.tokens) for r in rollouts if trains(r)), sum(trains(r) for r in rollouts)], device=device)
+    tokens, sequences = accelerator.reduce(counts, "sum").tolist()
+    if tokens == 0:  # the whole update is truncated and masked: nothing to learn, and weight decay alone must not act
+        return {"masked_updates": 1.0}
+    totals = {"tokens": tokens, "sequences": sequences}
+
+    def padded(rows: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(like)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
+
+    def loss_of(batch: list[Rollout]):
+        logprobs, entropy, mask = token_logprobs(model, [r.prompt for r in batch], [r.tokens for r in batch], policy.pad_id, cfg.temperature, device)
+        old = padded([r.old_logprobs for r in batch], logprobs) if batch[0].old_logprobs is not None else logprobs.detach()
+        ref = padded([r.ref_logprobs for r in batch], logprobs) if cfg.kl_coef else None
+        mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
+        weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
+        loss, metrics = grpo_loss(logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, cfg)
+        return loss, {**metrics, "entropy": (entropy * mask).sum() / tokens}
+
+    return optimizer_step(accelerator, model, optimizer, cfg, micro_batches(rollouts, cfg), loss_of)
+
+
+def rollout_metrics(rollouts: list[Rollout], cfg: Config, accelerator) -> dict[str, float]:
+    """Means over all processes: reward and its parts, their spread within groups, groups without spread, lengths."""
+    mine = [{"reward": r.reward, **r.parts, "length_tokens": len(r.tokens), "truncated": float(r.truncated)} for r in rollouts]
+    everyone = gather_object(mine)
+    metrics = {name: sum(m[name] for m in everyone) / len(everyone) for name in everyone[0]}
+    rewards = torch.tensor([m["reward"] for m in everyone]).view(-1, cfg.group_size)  # (P, G)
+    metrics["reward_std"] = float(rewards.std(dim=1).mean())
+    metrics["tied_groups"] = float((rewards.amax(1) - rewards.amin(1) <= 1e-6).float().mean())
+    return metrics
+
+
+def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """GRPO (arXiv 2402.03300) with the stage's reward. Writes a model folder, metrics.jsonl and samples.jsonl."""
+    weights = STAGE_REWARDS[cfg.stage]
+    policy = load_policy(model_path, cfg)
+    rows = checked_rows(data_path, cfg, policy, accelerator, cfg.train_data, need_keywords="keyword" in weights)
+    if "clip" in weights:
+        blind = sum(not row.images for row in rows)
+        rows = [row for row in rows if row.images]
+        accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
+    if not rows:
+        raise DataError(f"{data_path}: no question with a picture")
+    if cfg.freeze_vision:
+        freeze_vision(policy.model)
+    if cfg.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reference = None
+    if cfg.kl_coef:  # the stage's start model, frozen
+        reference = load_policy(model_path, cfg).model.eval().requires_grad_(False)
+        reference.to(accelerator.device, torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32)
+    clip = ClipScorer(cfg.clip_model, accelerator.device, cfg.clip_lo, cfg.clip_hi) if "clip" in weights else None
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(policy.model, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
+    start = load_checkpoint(folder, accelerator)
+    bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
+    model.train()
+    for step in range(start + 1, total + 1):
+        seed_step(cfg, cfg.stage, step, accelerator.process_index)
+        batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
+        spare = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, cfg.seed + 1), accelerator)
+        rollouts, seconds = collect_rollouts(policy, batch, spare, cfg, clip, weights, accelerator)
+        metrics = rollout_metrics(rollouts, cfg, accelerator)
+        clock = time.perf_counter()
+        per_update = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
+        if cfg.kl_coef:
+            for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, policy, cfg, accelerator)):
+                rollout.ref_logprobs = logprobs
+        later = rollouts[per_update:]  # at the first update the policy is still the one that sampled: its ratio is exactly 1
+        for rollout, logprobs in zip(later, rollout_logprobs(model, later, policy, cfg, accelerator)):
+            rollout.old_logprobs = logprobs
+        lr = set_learning_rate(optimizer, cfg, step - 1, total)
+        updates = [update_policy(rollouts[i : i + per_update], model, optimizer, policy, cfg, accelerator) for i in range(0, len(rollouts), per_update)]
+        for name in sorted({name for update in updates for name in update}):
+            values = [update[name] for update in updates if name in update]
+            metrics[name] = sum(values) if name.endswith("_updates") else sum(values) / len(values)
+        if clip:
+            metrics["clip_cut_texts"] = clip.cut_texts
+        seconds["update_s"] = time.perf_counter() - clock
+        tokens = metrics["length_tokens"] * cfg.rollout_batch_size * cfg.group_size
+        seconds |= {f"{name}_tokens_per_s": tokens / seconds[f"{name}_s"] for name in ("rollout", "update")}
+        report_rollouts(folder, cfg, step, rollouts, bar, accelerator)
+        log_step(folder, cfg, step, total, {**metrics, "learning_rate": lr}, seconds, bar, accelerator,
+                 ["reward", *weights, "accuracy", "keyword", "kl", "entropy", "tied_groups", "length_tokens", "truncated", "grad_norm"])  # fmt: skip
+        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+            save_checkpoint(folder, step, accelerator)
+    bar.close()
+    save_policy(policy, accelerator, model, folder)
+
+
+def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout], bar, accelerator) -> None:
+    """All rollouts of this step into samples.jsonl; now and then the best and the worst of a group on the screen."""
+    records = [{"step": step, "qid": r.prompt.row.qid, "prompt": r.prompt.row.problem, "completion": r.text, "truncated": r.truncated,
+                "reward": r.reward, "parts": r.parts, "advantage": r.advantage} for r in rollouts]  # fmt: skip
+    records = gather_object(records)
+    if not accelerator.is_main_process:
+        return
+    append_jsonl(folder / "samples.jsonl", records)
+    if cfg.print_every and (step == 1 or step % cfg.print_every == 0):
+        group = sorted(rollouts[: cfg.group_size], key=lambda r: r.reward)
+        for rollout in (group[-1], group[0]):
+            parts = "  ".join(f"{name} {value:.2f}" for name, value in rollout.parts.items())
+            bar.write(f"--- {rollout.prompt.row.problem} (gold: {rollout.prompt.row.answer})\n{rollout.text}\n"
+                      f"--- reward {rollout.reward:.3f}  advantage {rollout.advantage:+.2f}  {parts}")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """Answer held-out questions greedily and sampled; write predictions and scores.json."""
+    policy = load_policy(model_path, cfg)
+    rows = checked_rows(data_path, cfg, policy, accelerator, data_path)
+    clip = ClipScorer(cfg.clip_model, accelerator.device, cfg.clip_lo, cfg.clip_hi)
+    policy.model.to(accelerator.device)
+    scores = {}
+    for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
+        records = answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)
+        flat = [{**parts, "tokens": tokens, "truncated": float(truncated)} for record in records
+                for parts, tokens, truncated in zip(record["parts"], record["tokens"], record["truncated"])]  # fmt: skip
+        scores[mode] = {"questions": len(rows), "responses_each": n, "temperature": temperature}
+        for name in ("accuracy", "keyword", "clip", "format", "tokens", "truncated"):
+            values = [record[name] for record in flat if name in record]  # rows without keywords or pictures have no such part
+            scores[mode][name] = round(sum(values) / len(values), 4) if values else None
+    if accelerator.is_main_process:
+        write_json(folder / "scores.json", scores)
+
+
+def evaluation_table(folders: dict[str, Path]) -> str:
+    """One table over all evaluated models."""
+    columns = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
+    lines = [f"{'model':<12}{'decoding':<10}" + "".join(f"{name:>11}" for name in columns)]
+    for mode in ("greedy", "sampled"):
+        for name, folder in folders.items():
+            scores = json.loads((folder / "scores.json").read_text())[mode]
+            cells = [f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in columns]
+            lines.append(f"{name:<12}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells))
+    scores = json.loads((next(iter(folders.values())) / "scores.json").read_text())["sampled"]
+    return "\n".join(lines + [f"{scores['questions']} questions; sampled: {scores['responses_each']} responses each, T = {scores['temperature']}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main: which stages have to run, and from what
+
+
+def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) -> None:
+    """Run one stage, after those it needs that are not finished yet."""
+    cfg = resolve(stage, flags, asked)
+    check_config(cfg, accelerator.num_processes)
+    run_dir = Path(cfg.run_dir)
+    if stage == "evaluate":
+        return run_evaluation(cfg, run_dir, accelerator)
+
+    def made(needed: str) -> str:
+        if not is_finished(run_dir / needed):
+            run_stage(needed, flags, False, accelerator)
+        return str(run_dir / needed)
+
+    work = {"warmup": warmup, "sample": sample, "perception": train_grpo, "reasoning": train_grpo}[stage]
+    if stage == "warmup":
+        model, data = cfg.from_model or cfg.model, cfg.from_data or cfg.sft_data
+        if cfg.warmup_cases == "hard":  # the paper's overview figure: hard cases of the base model feed the warm-up
+            base = resolve("sample", flags, False)
+            if begin_stage(run_dir / "sample_base", base, {"data": data}, False, accelerator):
+                sample(base, model, data, run_dir / "sample_base", accelerator)
+                finish_stage(run_dir / "sample_base", accelerator)
+            data = str(run_dir / "sample_base" / "hard.json")
+    elif stage == "sample":
+        model, data = cfg.from_model or made("warmup"), cfg.from_data or cfg.train_data
+    elif stage == "perception":
+        model, data = cfg.from_model or made("warmup"), cfg.from_data or made("sample") + "/easy.json"
+    else:
+        model, data = cfg.from_model or made("perception"), cfg.from_data or made("sample") + "/medium.json"
+    folder = run_dir / stage
+    if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
+        clock = time.perf_counter()
+        work(cfg, model, data, folder, accelerator)
+        finish_stage(folder, accelerator)
+        accelerator.print(f"{folder}: done in {time.perf_counter() - clock:.0f} s")
+
+
+def run_evaluation(cfg: Config, run_dir: Path, accelerator: Accelerator) -> None:
+    """Score every model that the run folder has, each once."""
+    models = {"base": cfg.model, **{stage: str(run_dir / stage) for stage in ("warmup", "perception", "reasoning") if is_finished(run_dir / stage)}}
+    if cfg.from_model:
+        models = {os.path.basename(os.path.normpath(cfg.from_model)): cfg.from_model}
+    folders = {name: run_dir / "evaluate" / name for name in models}
+    data = cfg.from_data or cfg.test_data
+    for name, model in models.items():
+        if begin_stage(folders[name], cfg, {"model": model, "data": data}, True, accelerator):
+            evaluate(cfg, model, data, folders[name], accelerator)
+            finish_stage(folders[name], accelerator)
+    table = evaluation_table(folders)
+    if accelerator.is_main_process:
+        (run_dir / "evaluate" / "table.txt").write_text(table + "\n")
+    accelerator.print("\n" + table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    stage = flags.get("stage", "all")
+    try:
+        if stage not in STAGES and stage != "all":
+            raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
+        stages = list(STAGES) if stage == "all" else [stage]
+        configs = [resolve(name, flags) for name in stages]
+        accelerator = Accelerator(mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir)
+        if configs[0].log_with:
+            accelerator.init_trackers("pebr", config=asdict(configs[0]))
+        for cfg in configs:  # all of them before the first one starts
+            check_config(cfg, accelerator.num_processes)
+        if str(Path(configs[0].run_dir, "toy")) in "".join(str(value) for value in asdict(configs[0]).values()) and accelerator.is_main_process:
+            build_toy_world(str(Path(configs[0].run_dir, "toy")), configs[0].seed, ToyConfig())
+        accelerator.wait_for_everyone()
+        for name in stages:
+            run_stage(name, flags, True, accelerator)
+        accelerator.end_training()
+    except (ConfigError, DataError) as error:
+        sys.exit(f"pebr.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
