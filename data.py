@@ -250,7 +250,7 @@ class ToyConfig:
     rl_rows: int = 480
     test_rows: int = 320
     object_noise: float = 0.25  # share of the objects that the teacher's description leaves out or misnames
-    slip_per_object: float = 0.08  # chance of a slip in the teacher's steps, per object beyond the second
+    slip_per_object: float = 0.08  # chance of a slip in the teacher's steps, per object beyond the first
     hidden: int = 128
     text_layers: int = 4
     vision_layers: int = 2
@@ -259,8 +259,8 @@ class ToyConfig:
 
 
 def toy_scene(rng: random.Random) -> list[tuple[str, str, str]]:
-    """1 to 6 objects (color, shape, place) in reading order."""
-    cells = sorted(rng.sample(range(len(PLACES)), rng.randint(1, len(PLACES))))
+    """1 to 5 objects (color, shape, place) in reading order."""
+    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 2, 2, 3, 3, 4, 4, 5])))
     return [(rng.choice(list(COLORS)), rng.choice(SHAPES), PLACES[cell]) for cell in cells]
 
 
@@ -302,9 +302,8 @@ def toy_rationale(scene, kind: str, color: str, rng: random.Random, toy: ToyConf
             thing = (rng.choice(list(COLORS)), rng.choice(SHAPES), thing[2])  # misnamed
         seen.append(thing)
     tell = lambda things: " , ".join(f"{c} {s} at the {p}" for c, s, p in things) or "none"
-    slip = rng.random() < toy.slip_per_object * max(0, len(scene) - 2)
-    believed = list(scene)
-    if slip:  # one object less, or one of another color: the steps then follow from the mistake
+    believed = list(seen)  # the steps follow from what was described
+    if believed and rng.random() < toy.slip_per_object * (len(scene) - 1):  # one object less, or of another color
         i = rng.randrange(len(believed))
         believed[i : i + 1] = [] if rng.random() < 0.5 else [(rng.choice(list(COLORS)), *believed[i][1:])]
     _, matter, answer = toy_question(believed, kind, color)
@@ -347,7 +346,7 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     rng = random.Random(seed)
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     for split, count, kinds in (
-        ("sft", toy.sft_rows, ["count"] * 12 + ["subtract"] * 7 + ["price"]),
+        ("sft", toy.sft_rows, ["count"] * 9 + ["subtract"] * 9 + ["price"] * 2),
         ("train", toy.rl_rows, ["count"] * 9 + ["subtract"] * 7 + ["price"] * 4),
         ("test", toy.test_rows, ["count"] * 9 + ["subtract"] * 7 + ["price"] * 4),
     ):
@@ -366,7 +365,9 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
                              "key_words": toy_keywords(scene), "kind": kind})
         Path(folder, f"{split}.json").write_text(json.dumps(rows, indent=1))
     Path(folder, "prompt.txt").write_text("{question}")  # the toy model has no use for an instruction
-    build_toy_model(Path(folder, "model"), seed, toy)
+    words = "user assistant system none that makes count the leave out rest add up coins of and others There are objects . , ? at A object"
+    words += " How many is Subtract all left costs any other do cost " + " ".join([*COLORS, *SHAPES, *PLACES])
+    build_toy_model(Path(folder, "model"), seed, toy, words.split() + [str(n) for n in range(7 * len(PLACES) + 1)])
     build_toy_clip(Path(folder, "clip"), seed, toy)
     done.write_text(json.dumps({"seed": seed, **vars(toy)}))
 
@@ -400,14 +401,12 @@ def toy_processor(words: list[str]):
     return Qwen2_5_VLProcessor(image_processor, fast, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
-def build_toy_model(folder: Path, seed: int, toy: ToyConfig) -> None:
-    """A Qwen2.5-VL with random weights as a complete Hugging Face folder."""
+def build_toy_model(folder: Path, seed: int, toy: ToyConfig, words: list[str]) -> None:
+    """A Qwen2.5-VL with random weights as a complete Hugging Face folder; `words` are its vocabulary."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    words = "user assistant system none that makes count the leave out rest add up coins of and others There are objects . , ? at A object"
-    words += " How many is Subtract all left costs any other do cost " + " ".join([*COLORS, *SHAPES, *PLACES])
-    processor = toy_processor(words.split() + [str(n) for n in range(7 * len(PLACES) + 1)])
+    processor = toy_processor(words)
     ids = processor.tokenizer.convert_tokens_to_ids
     head = toy.hidden // 4
     std = 1 / math.sqrt(toy.hidden)  # with transformers' default 0.02 a model this narrow does not learn to see

@@ -45,7 +45,8 @@ import sys
 import time
 import zlib
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 import torch
 from tqdm import tqdm
@@ -147,9 +148,9 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
 TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=256, max_prompt_length=64,
              max_new_tokens=128, prompt_file="toy", clip_hi=0.9, eval_samples=4, eval_temperature=1.0),
-    "warmup": dict(learning_rate=1e-3, sft_batch_size=32, max_steps=600, freeze_vision=False),
-    "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=20),
-    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
+    "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=600, freeze_vision=False),
+    "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
+    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=45),
 }  # fmt: skip
 SETTINGS = {  # what must not change between the start and the end of a stage
     "warmup": (DATA, TRAIN), "sample": (DATA, ROLLOUT), "perception": (DATA, TRAIN, ROLLOUT, GRPO, REWARD),
@@ -208,6 +209,8 @@ def check_config(cfg: Config, num_processes: int) -> None:
     for name in ("epochs", "max_new_tokens", "micro_batch_size", "generate_batch_size", "eval_samples", "min_pixels", "temperature", "sft_batch_size",
                  "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
+    trackers = [str(tracker.value) for tracker in get_available_trackers()]
+    need(not cfg.log_with or cfg.log_with in trackers, f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}")
     need(cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more")
     need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
     need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
@@ -1073,11 +1076,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
         stages = list(STAGES) if stage == "all" else [stage]
         configs = [resolve(name, flags) for name in stages]
+        for cfg in configs:  # all of them before the first one starts
+            check_config(cfg, PartialState().num_processes)
         accelerator = Accelerator(mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir)
         if configs[0].log_with:
             accelerator.init_trackers("pebr", config=asdict(configs[0]))
-        for cfg in configs:  # all of them before the first one starts
-            check_config(cfg, accelerator.num_processes)
         if str(Path(configs[0].run_dir, "toy")) in "".join(str(value) for value in asdict(configs[0]).values()) and accelerator.is_main_process:
             build_toy_world(str(Path(configs[0].run_dir, "toy")), configs[0].seed, ToyConfig())
         accelerator.wait_for_everyone()

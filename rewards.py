@@ -116,7 +116,7 @@ def unwrap(answer: str) -> str:
     answer = unicodedata.normalize("NFKC", answer).strip()
     while True:
         peeled = regex.sub(r"^(?:so\s+)?the\s+(?:final\s+)?answer\s+is\s*:?\s*", "", answer, flags=regex.IGNORECASE)
-        peeled = regex.sub(r"^\\(?:boxed|text|mathrm|textbf)\s*\{([^{}]*)\}$", r"\1", peeled)
+        peeled = regex.sub(r"^\\(?:boxed|text|mathrm|textbf)\s*(\{((?:[^{}]|(?1))*+)\})$", r"\2", peeled)
         peeled = regex.sub(r"^(\*\*|\$\$|\$|`|\*)(.+)\1$", r"\2", peeled)
         peeled = regex.sub(r"(?<=.)[.:;,]$", "", peeled).strip()
         if peeled == answer:

@@ -1,0 +1,856 @@
+"""What is true of PeBR. Run with: python -m pytest -q
+
+Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2.5-VL folder, a tiny open_clip folder) and
+a second data set that is not the toy. No network, no GPU, deterministic.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+import pytest
+import torch
+
+import data
+import pebr
+import rewards
+from data import DataError, Row
+from pebr import Config, ConfigError, Prompt, Rollout
+
+torch.set_num_threads(1)
+TINY = data.ToyConfig(sft_rows=16, rl_rows=8, test_rows=6, hidden=64, text_layers=2, vision_layers=1, clip_steps=2, clip_batch=8)
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "toy"
+    data.build_toy_world(str(folder), 0, TINY)
+    return folder
+
+
+@pytest.fixture
+def cfg(toy):
+    return pebr.resolve("perception", {"run_dir": str(toy.parent), "group_size": 3, "max_new_tokens": 12, "micro_batch_size": 4})
+
+
+@pytest.fixture
+def policy(toy, cfg):
+    return pebr.load_policy(str(toy / "model"), cfg)
+
+
+def picture(path, size=(56, 56), color=(200, 30, 30)):
+    image = Image.new("RGB", size, (255, 255, 255))
+    ImageDraw.Draw(image).ellipse([5, 5, 30, 30], fill=color)
+    image.save(path)
+    return str(path)
+
+
+def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=("red", "How many red objects are there ?")):
+    """One prompt per size (None: no picture), with questions of different lengths."""
+    rows = []
+    for i, size in enumerate(sizes):
+        images = [picture(tmp_path / f"{i}.png", size)] if size else []
+        rows.append(Row(f"row {i}", str(i), words[i % len(words)], "1", images))
+    return [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows]
+
+
+def rollouts_of(prompts, lengths, advantages):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Rollout(prompts[i % len(prompts)], torch.randint(10, 60, (n,), generator=generator), "", False, advantage=a)
+        for i, (n, a) in enumerate(zip(lengths, advantages))
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's think step by step.
+### Step 1: One, two. ### Step 2: So two. ### The final answer is: 2"""
+
+
+@pytest.mark.parametrize(
+    "text, description, answer, well_formed",
+    [
+        (GOOD, "Two red dots.", "2", True),
+        (GOOD.upper(), "TWO RED DOTS.", "2", True),  # any case
+        (GOOD.replace("Let's", "Let’s"), "Two red dots.", "2", True),  # curly apostrophe
+        (GOOD.replace(" ### Rationales", "\n\n###Rationales"), "Two red dots.", "2", True),  # white space
+        (GOOD.replace("is: 2", "is:\n2"), "Two red dots.", "2", True),  # answer on the next line
+        ("Sure! " + GOOD, "Two red dots.", "2", False),  # text before the first section
+        (GOOD.replace("### Rationales: Count. ", ""), "Two red dots. ", "2", False),  # section missing
+        (GOOD.replace("Step 2", "Step 3"), "Two red dots.", "2", False),  # steps out of order
+        (GOOD + " ### The final answer is: 3", "Two red dots.", "3", False),  # two answers: the last counts
+        (GOOD + "\nI hope this helps.", "Two red dots.", "2", False),  # the answer section holds only the result
+        (GOOD.split("### Rationales")[0], "", "", False),  # truncated in the description: not closed, no description
+        (GOOD.split("### The final")[0], "Two red dots.", "", False),  # truncated before the answer
+        ("7", "", "", False),  # no section, no reward
+        ("", "", "", False),
+    ],
+)
+def test_sections_are_parsed_once_and_in_order(text, description, answer, well_formed):
+    response = rewards.parse_response(text)
+    assert (response.description, response.answer, response.well_formed) == (description.strip(), answer, well_formed)
+
+
+@pytest.mark.parametrize(
+    "description, key_words, reward",
+    [
+        ("a category", ["cat"], 0),  # part of a word
+        ("13 dots at 3.5 cm", ["3"], 0),  # part of a number
+        ("there are 3.", ["3"], 1),  # a full stop is no decimal point
+        ("A RED\n circle", ["red circle"], 1),  # any case, any white space
+        ("red circles", ["red circle"], 1),  # plural
+        ("a red square and a circle", ["red circle"], 0),  # a phrase stays together
+        ("a cat and a dog", ["cat", "dog", "cow", "hen"], 0.5),  # share
+        ("c++ (2)", ["c++", "(2)"], 1),  # keywords are text, not patterns
+        ("", ["cat"], 0),
+    ],
+)
+def test_keyword_reward_is_the_share_of_whole_words_named(description, key_words, reward):
+    assert rewards.keyword_reward(description, key_words) == reward
+
+
+@pytest.mark.parametrize("tokens, reward", [(1, 1), (512, 1), (1024, 0.5), (2048, 0.25)])
+def test_length_reward_is_one_up_to_512_tokens_then_512_over_length(tokens, reward):
+    assert rewards.length_reward(tokens) == reward
+
+
+@pytest.mark.parametrize(
+    "answer, gold, choices, equal",
+    [
+        ("3", "3", None, True),
+        ("3.0", "3", None, True),
+        ("0.5", "1/2", None, True),
+        (r"$\boxed{\frac{1}{2}}$", "0.5", None, True),
+        ("**1,200**.", "1200", None, True),
+        ("25%", "0.25", None, True),
+        ("−4", "-4", None, True),
+        ("The answer is 12", "12", None, True),
+        ("13", "3", None, False),
+        ("1 4", "14", None, False),
+        ("", "0", None, False),
+        ("nan", "0", None, False),
+        ("(B)", "B", None, True),
+        ("b. a cat", "B", None, True),
+        ("a cat", "B", None, False),
+        ("a cat", "B", ["a dog", "a cat"], True),  # by text
+        ("B", "a cat", ["a dog", "a cat"], True),
+        ("B. a dog", "B", ["a dog", "a cat"], False),  # letter and text disagree
+        ("Yes", "yes", None, True),
+        ("blue", "red", None, False),
+        ("9" * 100_000, "9", None, False),
+        ("9**9**9**9", "1", None, False),
+        ("__import__('os').system('false')", "0", None, False),
+    ],
+)
+def test_grade(answer, gold, choices, equal):
+    assert rewards.grade(answer, gold, choices) is equal
+
+
+def test_stage_rewards_have_the_papers_weights_and_a_missing_part_is_an_error():
+    parts = {"clip": 0.5, "keyword": 0.25, "format": 1.0, "length": 1.0, "accuracy": 1.0}
+    # 0.4 * 0.5 + 0.4 * 0.25 + 0.1 + 0.1 = 0.5;   0.9 * 1 + 0.1 * 1 = 1
+    assert rewards.total_reward(parts, rewards.STAGE_REWARDS["perception"]) == pytest.approx(0.5)
+    assert rewards.total_reward(parts, rewards.STAGE_REWARDS["reasoning"]) == pytest.approx(1.0)
+    with pytest.raises(KeyError):
+        rewards.total_reward({"keyword": 1.0}, rewards.STAGE_REWARDS["perception"])
+
+
+def test_clip_scores_a_batch_as_one_by_one_and_encodes_each_picture_once(toy):
+    scorer = rewards.ClipScorer(f"local-dir:{toy / 'clip'}")
+    images = [Image.open(toy / "images" / f"train{i}.png").convert("RGB") for i in range(2)]
+    long = "There are 3 objects. " * 12 + "A red circle is at the top left."  # longer than the text tower's 64 tokens
+    lists, texts = [[images[0]]] * 2 + [[images[1]]] + [images], ["a red circle", long, "", "a blue square"]
+    batches = []
+    scorer.model.visual.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    together = scorer.cosines(lists, texts)
+    assert batches == [2]
+    assert together == pytest.approx([scorer.cosines([own], [text])[0] for own, text in zip(lists, texts)], abs=1e-6)
+    assert together[2] == 0  # an empty description
+    assert len(scorer.windows(long)) > 1 and " ".join(scorer.windows(long)) == long and scorer.cut_texts == 0
+    # several pictures: the mean of their cosines
+    apart = scorer.cosines([[images[0]], [images[1]]], ["a blue square"] * 2)
+    assert together[3] == pytest.approx(sum(apart) / 2, abs=1e-6)
+
+
+def test_clip_without_weights_is_an_error_not_a_random_model(toy, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text((toy / "clip" / "open_clip_config.json").read_text())
+    with pytest.raises((RuntimeError, FileNotFoundError)):
+        rewards.ClipScorer(f"local-dir:{tmp_path}")
+    with pytest.raises(FileNotFoundError):
+        rewards.ClipScorer(f"local-dir:{tmp_path / 'nothing'}")
+
+
+def test_a_part_that_does_not_apply_is_left_out(toy):
+    scorer = rewards.ClipScorer(f"local-dir:{toy / 'clip'}")
+    image = Image.open(toy / "images" / "train0.png").convert("RGB")
+    rows = [Row("", "1", "q", "2", [], ["red dot"]), Row("", "2", "q", "2", ["x"], [])]
+    blind, wordless = rewards.score_parts(rows, [[], [image]], [GOOD, GOOD], [10, 1024], scorer)
+    assert blind == {"accuracy": 1, "format": 1, "length": 1, "keyword": 1}
+    assert set(wordless) == {"accuracy", "format", "length", "clip"} and wordless["length"] == 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages and loss
+
+
+def test_group_advantages_are_normalized_with_the_unbiased_std():
+    # rewards 0, 1, 2: mean 1, unbiased std 1 -> -1, 0, 1.  rewards 0, 0, 0, 1: mean 1/4, std 1/2 -> -1/2 three times, 3/2
+    assert torch.allclose(pebr.group_advantages(torch.tensor([[0.0, 1.0, 2.0]]), 0), torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert torch.allclose(pebr.group_advantages(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 0), torch.tensor([[-0.5, -0.5, -0.5, 1.5]]))
+    assert torch.allclose(pebr.group_advantages(torch.tensor([[0.0, 1.0, 3.0]]), divide_by_std=False), torch.tensor([[-4 / 3, -1 / 3, 5 / 3]]))
+
+
+def test_a_tied_group_has_advantage_exactly_zero():
+    tied = torch.tensor([[0.1 + 0.2 + 0.4] * 7 + [0.7000001]])  # equal but for float noise, which eps 1e-6 would blow up
+    assert torch.equal(pebr.group_advantages(tied), torch.zeros(1, 8))
+
+
+def test_k3_is_zero_at_equality_and_never_negative():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pebr.k3_kl(x, x), torch.zeros(1000))
+    assert (pebr.k3_kl(x, x.roll(1)) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, gradient_flows",
+    [
+        (1.0, 1.0, -1.0, True),
+        (1.4, 1.0, -1.3, False),  # clipped at 1 + 0.3
+        (0.7, 1.0, -0.7, True),  # a good token that has become unlikely may recover
+        (0.7, -1.0, 0.8, False),  # clipped at 1 - 0.2
+        (1.4, -1.0, 1.4, True),  # a bad token that has become likely is pushed back
+        (5.0, -1.0, 3.0, False),  # dual clip
+        (5.0, 1.0, -1.3, False),  # dual clip is for negative advantages only
+    ],
+)
+def test_clip_acts_only_on_the_right_side_of_each_sign(ratio, advantage, loss, gradient_flows):
+    logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    one = torch.ones(1, 1)
+    value, _ = pebr.grpo_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), one, one, Config(kl_coef=0))
+    value.backward()
+    assert value.item() == pytest.approx(loss)
+    assert (logprobs.grad.abs().item() > 0) == gradient_flows
+
+
+def test_kl_is_added_with_its_coefficient():
+    one = torch.ones(1, 1)
+    loss, metrics = pebr.grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1), one, one, Config(kl_coef=0.5))
+    assert metrics["kl"].item() == pytest.approx(math.e - 2)  # exp(1) - 1 - 1
+    assert loss.item() == pytest.approx(0.5 * (math.e - 2))
+
+
+def test_loss_means_weigh_tokens_as_their_papers_say():
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
+    totals = {"tokens": 5, "sequences": 2}
+    # token: 1/5 each. sequence: 1/4 and 1/1, over 2 responses. constant: 1 / (2 responses x 10 tokens)
+    assert torch.allclose(pebr.token_weights(mask, "token", totals, 10), mask / 5)
+    assert torch.allclose(pebr.token_weights(mask, "sequence", totals, 10), mask * torch.tensor([[1 / 8], [1 / 2]]))
+    assert torch.allclose(pebr.token_weights(mask, "constant", totals, 10), mask / 20)
+
+
+def test_sequence_ratio_is_the_geometric_mean_over_the_response():
+    logprobs, mask = torch.tensor([[math.log(1.1), math.log(1.21), 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    loss, _ = pebr.grpo_loss(logprobs, torch.zeros(1, 3), None, torch.ones(1), mask, mask / 2, Config(kl_coef=0, ratio="sequence"))
+    assert loss.item() == pytest.approx(-math.sqrt(1.1 * 1.21))  # below 1 + 0.3, so not clipped
+
+
+def gradients(policy, rollouts, cfg, accelerator):
+    """The gradient of one update, caught before the optimizer uses it."""
+    caught = {}
+
+    class Catch(torch.optim.SGD):
+        def step(self, closure=None):
+            caught.update({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+
+    pebr.update_policy(rollouts, policy.model, Catch(policy.model.parameters(), lr=1.0), policy, cfg, accelerator)
+    return caught
+
+
+@pytest.mark.parametrize("loss_mean", ["token", "sequence", "constant"])
+def test_one_and_four_ragged_micro_batches_give_equal_gradients(policy, cfg, tmp_path, accelerator, loss_mean):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [9, 1, 4, 12, 2, 7, 3], [1, -1, 0.5, 2, -0.3, 0.2, -2])
+    ref = pebr.rollout_logprobs(policy.model, rollouts, policy, cfg, accelerator)
+    for rollout, logprobs in zip(rollouts, ref):
+        rollout.ref_logprobs = logprobs - 0.1
+    whole = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=7, loss_mean=loss_mean, grad_clip=1e9), accelerator)
+    parts = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=2, loss_mean=loss_mean, grad_clip=1e9), accelerator)
+    assert max(g.abs().max() for g in whole.values()) > 1e-3
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], atol=1e-6), name
+
+
+def test_an_update_of_masked_truncated_responses_changes_no_parameter(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [12, 12], [1, -1])
+    for rollout in rollouts:
+        rollout.truncated = True
+    before = {n: p.clone() for n, p in policy.model.named_parameters()}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1, weight_decay=0.1)
+    cfg = pebr.replace(cfg, mask_truncated=True, kl_coef=0.0)
+    assert pebr.update_policy(rollouts, policy.model, optimizer, policy, cfg, accelerator) == {"masked_updates": 1.0}
+    assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
+
+
+def test_a_non_finite_gradient_skips_the_update(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [3, 3], [1, float("inf")])
+    before = {n: p.clone() for n, p in policy.model.named_parameters()}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
+    metrics = pebr.update_policy(rollouts, policy.model, optimizer, policy, pebr.replace(cfg, kl_coef=0.0), accelerator)
+    assert metrics["skipped_updates"] == 1
+    assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollouts and log-probs
+
+
+def generate_logprobs(policy, prompts, n, cfg):
+    """Oracle: sample with transformers' generate; log-probs of the sampled tokens from its own raw logits / T."""
+    batch = pebr.collate(prompts, None, policy.pad_id, "cpu")
+    out = policy.model.eval().generate(
+        **batch, do_sample=True, temperature=cfg.temperature, top_k=0, num_return_sequences=n, max_new_tokens=8,
+        min_new_tokens=8, suppress_tokens=policy.banned_ids, output_logits=True, return_dict_in_generate=True, pad_token_id=policy.pad_id,
+    )  # fmt: skip
+    tokens = out.sequences[:, batch["input_ids"].shape[1] :]
+    logits = torch.stack(out.logits, 1) / cfg.temperature  # (B, C, V)
+    return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def test_logprobs_equal_the_logits_of_generate(policy, cfg, tmp_path):
+    """Left-padded, two picture sizes and none, times G; then in shuffled micro-batches, each alone, and after a generate of
+    another batch size has left its position state on the model."""
+    torch.manual_seed(0)
+    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects are there ?", "all left"))
+    G = 3
+    tokens, expected = generate_logprobs(policy, prompts, G, cfg)
+    repeated = [p for p in prompts for _ in range(G)]
+    assert len({p.inputs["input_ids"].shape[1] for p in prompts}) == 3  # so the batch really was padded
+    order = torch.randperm(len(repeated)).tolist()
+    for rows in (order[:4], order[4:], *[[i] for i in order]):
+        got, _, mask = pebr.token_logprobs(policy.model, [repeated[i] for i in rows], [tokens[i] for i in rows], policy.pad_id, cfg.temperature, "cpu")
+        assert mask.all() and torch.allclose(got, expected[rows], atol=1e-4)
+        generate_logprobs(policy, prompts[:1], 1, cfg)  # leaves rope_deltas of batch size 1
+
+
+def test_several_pictures_in_one_row_equal_generate_too(policy, cfg, tmp_path):
+    torch.manual_seed(0)
+    images = [picture(tmp_path / "a.png", (56, 56)), picture(tmp_path / "b.png", (84, 112), (0, 0, 200))]
+    row = Row("", "1", "red <image> and blue <image> objects", "1", images)
+    prompt = pebr.encode_prompt(policy, row, cfg, "{question}")
+    swapped = pebr.encode_prompt(policy, Row("", "1", row.problem, "1", images[::-1]), cfg, "{question}")
+    tokens, expected = generate_logprobs(policy, [prompt], 2, cfg)
+    got, _, _ = pebr.token_logprobs(policy.model, [prompt] * 2, list(tokens), policy.pad_id, cfg.temperature, "cpu")
+    other, _, _ = pebr.token_logprobs(policy.model, [swapped] * 2, list(tokens), policy.pad_id, cfg.temperature, "cpu")
+    assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(other, expected, atol=1e-2)
+
+
+def test_another_picture_gives_other_logprobs(policy, cfg, tmp_path):
+    rows = [Row("", "1", "red", "1", [picture(tmp_path / f"{i}.png", color=color)]) for i, color in enumerate([(200, 0, 0), (0, 0, 200)])]
+    prompts = [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows]
+    completion = torch.arange(20, 30)
+    got, _, _ = pebr.token_logprobs(policy.model, prompts, [completion] * 2, policy.pad_id, 1.0, "cpu")
+    assert (got[0] - got[1]).abs().max() > 1e-2
+
+
+def test_entropy_is_exact(policy, cfg, tmp_path):
+    # A model with a zero head is uniform over its V tokens: entropy log V at every position, at any temperature.
+    policy.model.lm_head.weight.data.zero_()
+    prompts = prompts_of(policy, cfg, tmp_path)
+    _, entropy, mask = pebr.token_logprobs(policy.model, prompts, [torch.arange(3), torch.arange(5)], policy.pad_id, 1.2, "cpu")
+    assert torch.allclose(entropy[mask.bool()], torch.tensor(math.log(policy.model.lm_head.weight.shape[0])))
+    assert mask.sum(1).tolist() == [3, 5]
+
+
+def test_at_the_first_update_the_ratio_is_exactly_one(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, 1])
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    metrics = pebr.update_policy(rollouts, policy.model, optimizer, policy, pebr.replace(cfg, kl_coef=0.0), accelerator)
+    assert metrics["loss"] == pytest.approx(-1, abs=1e-6) and metrics["clipped_high"] == 0  # -(ratio * advantage), 10 tokens / 10
+    assert metrics["grad_norm"] > 1e-3  # the loss value says nothing; the gradient is there
+
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        ([7, 8, 2, 2, 2], (3, False)),  # pad = end = 2: the first one is kept and trained, the rest is padding
+        ([7, 8, 9, 10, 11], (5, True)),  # truncated
+        ([7, 5, 2, 0, 0], (2, False)),  # any of several end tokens
+        ([2, 2, 2, 2, 2], (1, False)),
+    ],
+)
+def test_the_mask_keeps_the_first_end_token_and_drops_what_follows(tokens, expected):
+    assert pebr.first_end(torch.tensor(tokens), end_ids=[2, 5]) == expected
+
+
+def test_rollouts_come_in_groups_and_end_where_generate_ended(policy, cfg, tmp_path, accelerator):
+    torch.manual_seed(0)
+    cfg = pebr.replace(cfg, max_new_tokens=60, generate_batch_size=3, temperature=3.0)
+    prompts = prompts_of(policy, cfg, tmp_path)
+    rollouts = pebr.generate_rollouts(policy, prompts, 3, cfg, accelerator, cfg.temperature)
+    assert [r.prompt is prompts[i // 3] for i, r in enumerate(rollouts)] == [True] * 6
+    assert len({r.text for r in rollouts}) > 1
+    for r in rollouts:
+        ends = [t for t in r.tokens.tolist() if t in policy.end_ids]
+        assert len(ends) == (0 if r.truncated else 1) and (r.truncated or r.tokens[-1].item() == ends[0])
+    assert {r.truncated for r in rollouts} == {True, False}
+
+
+def test_an_image_token_is_never_sampled(policy, cfg, tmp_path, accelerator):
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    assert policy.banned_ids == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
+    cfg = pebr.replace(cfg, max_new_tokens=60, temperature=50.0, top_p=1.0)  # near uniform over some 80 tokens
+    prompts = prompts_of(policy, cfg, tmp_path)
+
+    def sampled_marks():
+        torch.manual_seed(0)
+        rollouts = pebr.generate_rollouts(policy, prompts, 8, cfg, accelerator, cfg.temperature)
+        return sum(t in banned for r in rollouts for t in r.tokens.tolist())
+
+    banned = list(policy.banned_ids)
+    assert sampled_marks() == 0
+    policy.banned_ids = []
+    assert sampled_marks() > 0  # without the ban they do come
+
+
+def test_the_folders_generation_config_does_not_leak_into_rollouts_and_is_kept_on_saving(toy, cfg, tmp_path, accelerator):
+    from transformers import GenerationConfig
+
+    policy = pebr.load_policy(str(toy / "model"), cfg)
+    policy.model.saved_generation_config.update(top_k=1, repetition_penalty=1.5, do_sample=True)
+    pebr.save_policy(policy, accelerator, policy.model, tmp_path / "model")
+    leaky = pebr.load_policy(str(tmp_path / "model"), cfg)
+    assert leaky.end_ids == policy.end_ids and len(leaky.end_ids) == 2
+    torch.manual_seed(0)
+    rollouts = pebr.generate_rollouts(leaky, prompts_of(leaky, cfg, tmp_path)[:1], 8, cfg, accelerator, 1.2)
+    assert len({r.text for r in rollouts}) > 1  # top_k = 1 would make all the same
+    assert GenerationConfig.from_pretrained(tmp_path / "model").repetition_penalty == 1.5
+
+
+def test_special_tokens_are_not_doubled(policy, cfg, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    begin = policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")  # a tokenizer that adds a begin token by itself
+    policy.processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)])
+    assert policy.processor.tokenizer("red")["input_ids"][0] == begin
+    ids = prompts_of(policy, cfg, tmp_path)[0].inputs["input_ids"][0].tolist()
+    assert ids.count(begin) == 2  # user and assistant, as in the template
+    assert begin not in pebr.encode_response(policy, "red circle").tolist()
+
+
+def test_warmup_labels_cover_exactly_the_response_and_its_end(policy, cfg, toy):
+    rows, _ = data.load_rows(str(toy / "sft.json"))
+    prompts = [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows[:3]]
+    responses = [pebr.encode_response(policy, row.response) for row in rows[:3]]
+    batch = pebr.collate(prompts, responses, policy.pad_id, "cpu")
+    _, _, mask = pebr.token_logprobs(policy.model, prompts, responses, policy.pad_id, 1.0, "cpu")
+    for ids, kept, row in zip(batch["input_ids"][:, -mask.shape[1] :], mask.bool(), rows):
+        *labels, end = ids[kept].tolist()
+        assert policy.processor.tokenizer.decode(labels).split() == row.response.split()
+        assert end == policy.processor.tokenizer.eos_token_id
+
+
+def test_freezing_vision_leaves_only_the_language_model_to_train(policy):
+    pebr.freeze_vision(policy.model)
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert trained and not any("visual" in name for name in trained)
+    assert any("layers.0.mlp" in name for name in trained) and "lm_head.weight" in trained
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+ROW = {"qid": "1", "problem": "<image>How many?", "answer": "3", "images": ["a.png"], "key_words": ["red dot"]}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"qid": None}, '"qid" is missing'),
+        ({"problem": " "}, '"problem" is missing'),
+        ({"answer": ["3"]}, '"answer" is missing, empty or no text'),
+        ({"images": "a.png"}, '"images" must be a list'),
+        ({"images": ["b.png"]}, "picture b.png is not in"),
+        ({"images": ["../secret.png"]}, "outside the image root"),
+        ({"images": ["/etc/hostname"]}, "outside the image root"),
+        ({"images": ["link.png"]}, "outside the image root"),
+        ({"images": ["a.png", "a.png"]}, "1 <image> marks for 2 pictures"),
+        ({"key_words": []}, '"key_words" is missing or empty'),
+        ({"key_words": [3]}, '"key_words" must be a list of texts'),
+        ({"qid": "0"}, "qid 0 is already that of rows.json row 0"),
+        ({"images": ["broken.png"]}, "is not readable"),
+        ({"problem": "How many? " * 3000}, "--max_prompt_length is 64"),
+    ],
+)
+def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tmp_path, accelerator, change, reason, capsys):
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(root / "a.png")
+    picture(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "broken.png").write_bytes((root / "a.png").read_bytes()[:60])
+    path = root / "rows.json"
+    path.write_text(json.dumps([{**ROW, "qid": "0"}, {**ROW, **change}, {**ROW, "qid": "2"}]))
+    with pytest.raises(DataError) as error:
+        pebr.checked_rows(str(path), cfg, policy, accelerator, str(path), need_keywords=True)
+    assert "rows.json row 1: " in str(error.value) and reason in str(error.value) and "1 broken rows" in str(error.value)
+    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, str(path), need_keywords=True)
+    assert [row.qid for row in kept] == ["0", "2"]
+    assert "dropped 1 broken rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, reason", [("", "no rows"), ("[]", "no rows"), ("{oops", "neither a JSON list"), ("[1, 2", "neither a JSON list")])
+def test_a_file_that_is_no_data_file_says_so(tmp_path, text, reason):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=reason):
+        data.load_rows(str(tmp_path / "rows.json"))
+
+
+def test_json_and_jsonl_give_the_same_rows(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [{**ROW, "qid": "1"}, {**ROW, "qid": "2", "answer": 4}]
+    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    read = [data.load_rows(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
+    assert [(r.qid, r.answer, r.images, r.raw) for r in read[0][0]] == [(r.qid, r.answer, r.images, r.raw) for r in read[1][0]]
+    assert read[0][1] == read[1][1] == [] and read[0][0][1].answer == "4"
+
+
+def test_image_marks_place_the_pictures_and_without_marks_they_come_first():
+    content = lambda problem, n: [c.get("text", "IMG") for c in data.chat_messages(Row("", "", problem, "", ["x"] * n), "Q: {question}!")[-1]["content"]]
+    assert content("a <image> b <image>", 2) == ["Q: a ", "IMG", " b ", "IMG", "!"]
+    assert content("a b", 2) == ["IMG", "IMG", "Q: a b!"]
+    assert content("a b", 0) == ["Q: a b!"]
+
+
+def test_pictures_are_turned_converted_and_brought_into_the_pixel_limits(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, to be shown turned by 90 degrees
+    Image.new("CMYK", (400, 100)).save(tmp_path / "a.jpg", exif=exif)
+    assert data.load_image(str(tmp_path / "a.jpg"), 1, 10**6).size == (100, 400)
+    small = data.load_image(str(tmp_path / "a.jpg"), 1, 10_000)
+    assert small.mode == "RGB" and small.width * small.height <= 10_000 and small.size == (50, 200)
+    Image.new("P", (4, 4)).save(tmp_path / "b.png")
+    large = data.load_image(str(tmp_path / "b.png"), 576, 10_000)
+    assert large.mode == "RGB" and large.size == (24, 24)
+
+
+def test_the_papers_warmup_filters_drop_and_count(tmp_path):
+    picture(tmp_path / "big.png", (28, 28)), picture(tmp_path / "low.png", (80, 27))
+    row = lambda image, response: Row("", "", "q", "", [str(tmp_path / image)], response=response)
+    rows = [row("big.png", "fine"), row("low.png", "fine"), row("big.png", "Hm. LET ME RETHINK IT.")]
+    kept, dropped = data.filter_warmup_rows(rows)
+    assert kept == rows[:1] and dropped == {"rethink": 1, "small_picture": 1}
+
+
+def test_difficulty_is_all_some_or_none_right():
+    rows = [Row("", q, "", "", []) for q in "abc"]
+    split = pebr.split_by_difficulty(rows, {"a": [1.0] * 8, "b": [0.0] * 8, "c": [1, 0, 0, 1, 1, 0, 0, 0]}, 8)
+    assert {name: [row.qid for row in part] for name, part in split.items()} == {"easy": ["a"], "hard": ["b"], "medium": ["c"]}
+
+
+@pytest.mark.parametrize("n", [7, 16])
+def test_a_question_without_exactly_n_scores_fails(n):
+    with pytest.raises(DataError, match=f"has {n} scores instead of 8"):
+        pebr.split_by_difficulty([Row("", "a", "", "", [])], {"a": [1.0] * n}, 8)
+
+
+def test_shuffled_batches_cover_each_epoch_once():
+    batches = [pebr.shuffled_batch(list(range(10)), step, 4, seed=0) for step in range(5)]
+    stream = sum(batches, [])
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and stream[:10] != stream[10:]
+    assert batches == [pebr.shuffled_batch(list(range(10)), step, 4, seed=0) for step in range(5)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config and stages
+
+
+def test_defaults_are_the_papers_and_presets_and_flags_follow():
+    real = {"model": "some/folder"}
+    assert pebr.resolve("perception", real).rollout_batch_size == 560 and pebr.resolve("reasoning", real).rollout_batch_size == 512
+    assert pebr.resolve("perception", real).update_batch_size == 112 and pebr.resolve("reasoning", real).epochs == 2
+    assert pebr.resolve("warmup", real).learning_rate == 1e-5 and pebr.resolve("warmup", real).freeze_vision
+    assert not pebr.resolve("warmup", {}).freeze_vision  # the toy starts from random weights
+    flags = pebr.parse_flags(["--learning_rate", "0.5", "--no-freeze_vision", "--gradient_checkpointing", "--temperature", "0.9"])
+    asked, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags, asked=False)
+    assert (asked.learning_rate, asked.freeze_vision, asked.gradient_checkpointing, asked.temperature) == (0.5, False, True, 0.9)
+    assert implied.learning_rate == pebr.TOY["warmup"]["learning_rate"] and implied.temperature == 0.9
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--stage", "percept"], "--stage percept: must be one of"),
+        (["--stage", "perception", "--group_size", "1"], "--group_size 1"),
+        (["--stage", "perception", "--rollout_batch_size", "10", "--update_batch_size", "4"], "is not a multiple of --update_batch_size 4"),
+        (["--loss_mean", "median"], "must be one of token, sequence, constant"),
+        (["--top_p", "0"], "--top_p 0.0"),
+        (["--learning_rate", "-1"], "must not be negative"),
+        (["--min_pixels", "900000"], "is more than --max_pixels"),
+        (["--stage", "perception", "--model", "x", "--train_data", "rows.json"], "needs --clip_model"),
+        (["--stage", "warmup", "--model", "x", "--train_data", "rows.json"], "needs --sft_data"),
+        (["--stage", "warmup", "--model", "/no/such/folder"], "cannot load a vision-language model"),
+        (["--log_with", "notatracker"], "notatracker"),
+    ],
+)
+def test_wrong_flags_stop_with_a_message_that_names_them(argv, reason, tmp_path, toy):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "toy").symlink_to(toy)
+    with pytest.raises(SystemExit) as stopped:
+        pebr.main([*argv, "--run_dir", str(run_dir)])
+    assert reason in str(stopped.value)
+
+
+SMALL = ["--max_steps", "2", "--rollout_batch_size", "4", "--update_batch_size", "2", "--group_size", "2", "--max_new_tokens", "16",
+         "--sft_batch_size", "4", "--eval_samples", "2", "--print_every", "0"]  # fmt: skip
+
+
+def run(run_dir, *argv):
+    pebr.main(["--run_dir", str(run_dir), *argv])
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy, tmp_path_factory):
+    """Every stage on the small toy world, two steps each. The random model gets nothing right, so the split is forced:
+    the questions' own answers come from what the warmed-up model says."""
+    run_dir = tmp_path_factory.mktemp("stages")
+    (run_dir / "toy").symlink_to(toy)
+    data_file = ["--from_data", str(toy / "train.json")]
+    run(run_dir, "--stage", "warmup", *SMALL)
+    run(run_dir, "--stage", "sample", *SMALL)
+    for stage in ("perception", "reasoning"):
+        run(run_dir, "--stage", stage, *SMALL, *data_file)
+    run(run_dir, "--stage", "evaluate", *SMALL)
+    return run_dir
+
+
+def test_two_steps_of_each_training_stage_move_parameters_and_the_folder_reloads(toy_run, toy):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    before = weights_of(toy / "model")
+    for stage in ("warmup", "perception", "reasoning"):
+        after = weights_of(toy_run / stage)
+        assert set(after) == set(before)
+        assert all(torch.isfinite(value).all() for value in after.values())
+        moved = [name for name in after if not torch.equal(after[name], before[name])]
+        assert any("visual" in name for name in moved) and any("lm_head" in name for name in moved)
+        model = AutoModelForImageTextToText.from_pretrained(toy_run / stage)
+        assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
+        assert AutoProcessor.from_pretrained(toy_run / stage).chat_template
+        before = after
+
+
+def test_each_stage_leaves_what_the_readme_promises(toy_run):
+    for stage in ("warmup", "perception", "reasoning"):
+        records = [json.loads(line) for line in lines(toy_run / stage / "metrics.jsonl")]
+        assert [r["step"] for r in records] == [1, 2] and len({tuple(r) for r in records}) == 1  # the same keys every step
+        assert json.loads((toy_run / stage / "run_config.json").read_text())["max_steps"] == 2
+        assert not (toy_run / stage / "checkpoint").exists()
+    sample = json.loads(lines(toy_run / "perception" / "samples.jsonl")[0])
+    assert set(sample) == {"step", "qid", "prompt", "completion", "truncated", "reward", "parts", "advantage"}
+    assert set(sample["parts"]) == {"clip", "keyword", "format", "length", "accuracy"}
+    assert len(lines(toy_run / "perception" / "samples.jsonl")) == 2 * 4 * 2  # steps x questions x G
+    rows = json.loads((toy_run / "toy" / "train.json").read_text())
+    split = [json.loads((toy_run / "sample" / f"{name}.json").read_text()) for name in ("easy", "medium", "hard")]
+    assert sorted(r["qid"] for r in sum(split, [])) == sorted(r["qid"] for r in rows) and all(r in rows for r in sum(split, []))
+    summary = json.loads((toy_run / "sample" / "summary.json").read_text())
+    assert summary["questions"] == len(rows) == sum(summary["histogram"].values())
+    table = (toy_run / "evaluate" / "table.txt").read_text()
+    assert all(name in table for name in ("base", "warmup", "perception", "reasoning", "greedy", "sampled"))
+    for model in ("base", "reasoning"):
+        assert len(lines(toy_run / "evaluate" / model / "predictions_sampled.jsonl")) == TINY.test_rows
+
+
+def test_a_finished_stage_is_kept_and_changed_settings_stop_with_what_changed(toy_run, capsys):
+    stamp = (toy_run / "warmup" / "stage.json").read_text()
+    run(toy_run, "--stage", "warmup", *SMALL)
+    assert (toy_run / "warmup" / "stage.json").read_text() == stamp and "finished earlier, kept" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="learning_rate was 0.00.*, now 0.5"):
+        run(toy_run, "--stage", "warmup", *SMALL, "--learning_rate", "0.5")
+    with pytest.raises(SystemExit, match="train_data was"):
+        run(toy_run, "--stage", "sample", *SMALL, "--train_data", str(toy_run / "toy" / "test.json"))
+
+
+def test_missing_stages_are_made_first_and_a_redone_stage_makes_later_ones_stale(toy, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    small_warmup = ["--max_new_tokens", "8", "--group_size", "2"]
+    original = pebr.TOY["warmup"]
+    pebr.TOY["warmup"] = {**original, "max_steps": 1, "sft_batch_size": 2}
+    try:
+        run(tmp_path, "--stage", "sample", *small_warmup)  # makes the warm-up first
+        assert pebr.is_finished(tmp_path / "warmup") and pebr.is_finished(tmp_path / "sample")
+        run(tmp_path, "--stage", "warmup", *small_warmup, "--overwrite")
+        with pytest.raises(SystemExit, match="its model has changed since"):
+            run(tmp_path, "--stage", "sample", *small_warmup)
+        run(tmp_path, "--stage", "sample", *small_warmup, "--overwrite")
+    finally:
+        pebr.TOY["warmup"] = original
+
+
+def test_two_runs_with_one_seed_give_the_same_metrics_line_by_line(toy_run, toy, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    run(tmp_path, "--stage", "warmup", *SMALL)
+    run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"))
+    for name in ("warmup/metrics.jsonl", "perception/metrics.jsonl", "perception/samples.jsonl"):
+        assert lines(tmp_path / name) == lines(toy_run / name)
+    run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"), "--seed", "1", "--overwrite")
+    assert lines(tmp_path / "perception" / "samples.jsonl") != lines(toy_run / "perception" / "samples.jsonl")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["warmup", "perception"])
+def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, toy_run, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", stage, *SMALL, "--checkpoint_every", "1", "--from_model", str(toy_run / "warmup" if stage == "perception" else toy / "model")]
+    argv += ["--from_data", str(toy / ("train.json" if stage == "perception" else "sft.json"))]
+    run(tmp_path, *argv)
+    expected = weights_of(tmp_path / stage), lines(tmp_path / stage / "metrics.jsonl")
+    log_step = pebr.log_step
+
+    def killed_in_step_2(folder, cfg, step, *rest):
+        log_step(folder, cfg, step, *rest)
+        if step == 2:  # its line is written, the model is not
+            raise Killed
+
+    monkeypatch.setattr(pebr, "log_step", killed_in_step_2)
+    with pytest.raises(Killed):
+        run(tmp_path, *argv, "--overwrite")
+    monkeypatch.undo()
+    run(tmp_path, *argv)
+    assert lines(tmp_path / stage / "metrics.jsonl") == expected[1]
+    resumed = weights_of(tmp_path / stage)
+    assert all(torch.equal(resumed[name], expected[0][name]) for name in resumed)
+
+
+def test_interrupted_sampling_goes_on_where_it_stopped_with_exactly_n_scores(toy, toy_run, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", "sample", *SMALL, "--generate_batch_size", "4", "--from_model", str(toy_run / "warmup")]
+    run(tmp_path, *argv)
+    expected = lines(tmp_path / "sample" / "rollouts.jsonl")
+    assert len(expected) == TINY.rl_rows and all(len(json.loads(line)["scores"]) == 2 for line in expected)
+    generate, calls = pebr.generate_rollouts, []
+
+    def killed_at_the_third_chunk(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return generate(*args)
+
+    monkeypatch.setattr(pebr, "generate_rollouts", killed_at_the_third_chunk)
+    with pytest.raises(Killed):
+        run(tmp_path, *argv, "--overwrite")
+    monkeypatch.undo()
+    path = tmp_path / "sample" / "rollouts.jsonl"
+    assert lines(path) == expected[:4]
+    path.write_text("\n".join(expected[:3]) + "\n" + expected[3][:20])  # and the last line torn
+    run(tmp_path, *argv)
+    assert lines(path) == expected
+
+
+def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator, monkeypatch):
+    cfg = pebr.replace(cfg, resample_rounds=1)
+    rows, _ = data.load_rows(str(toy / "train.json"))
+
+    def score(rollouts, clip):  # a reward by question: 0 and 1 are tied, the others have spread
+        for i, rollout in enumerate(rollouts):
+            tied = rollout.prompt.row.qid in ("train0", "train1")
+            rollout.parts = {"accuracy": 0.0 if tied else float(i % cfg.group_size == 0), "format": 0.0}
+
+    monkeypatch.setattr(pebr, "score_rollouts", score)
+    weights = rewards.STAGE_REWARDS["reasoning"]
+    rollouts, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], cfg, None, weights, accelerator)
+    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train2", "train3", "train4"]
+    assert all(r.advantage != 0 for r in rollouts)
+    rollouts, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], pebr.replace(cfg, resample_rounds=0), None, weights, accelerator)
+    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
+    assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A second data set, not the toy: other pictures, other questions, several pictures in a row, none in another, JSONL
+
+
+@pytest.fixture(scope="session")
+def night_sky(tmp_path_factory):
+    """Stars and moons. Clear questions have one answer in the warm-up, the others two that contradict each other."""
+    folder = tmp_path_factory.mktemp("sky")
+    picture(folder / "moon.png", (60, 90), (240, 240, 200))
+    picture(folder / "stars.jpg", (112, 56), (20, 20, 80))
+    questions = [
+        ("What shines here ?", ["moon.png"], ["moon"]),
+        ("<image> or <image> : which has stars ?", ["moon.png", "stars.jpg"], ["second"]),
+        ("What is the night like ?", [], ["dark"]),
+        ("How bright ?", ["stars.jpg"], ["very", "hardly"]),
+        ("Which color ?", ["moon.png"], ["pale", "blue"]),
+        ("Is it late ?", [], ["yes", "no"]),
+    ]
+    rl, sft, words = [], [], "user assistant look think say".split()
+    for i, (question, images, answers) in enumerate(questions):
+        rl.append({"qid": f"q{i}", "problem": question, "answer": answers[0], "images": images, "key_words": ["night sky"], "source": "sky"})
+        for answer in answers:
+            text = (f"### Image Description: a night sky .\n### Rationales: look .\n### Let's think step by step.\n### Step 1: think .\n"
+                    f"### Step 2: say {answer} .\n### The final answer is: {answer}")  # fmt: skip
+            content = question if "<image>" in question or not images else "<image>" + question
+            sft.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": text}], "images": images})
+            words += (question.replace("<image>", " ") + " " + text).split()
+    (folder / "rl.json").write_text(json.dumps(rl))
+    (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rl))
+    (folder / "sft.json").write_text(json.dumps(sft * 2))
+    (folder / "prompt.txt").write_text("{question} think")
+    for row in sft:
+        row["messages"][0]["content"] += " think"
+    (folder / "sft.jsonl").write_text("\n".join(json.dumps(row) for row in sft))
+    data.build_toy_model(folder / "model", 0, TINY, words)
+    return folder
+
+
+def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tmp_path, capsys):
+    argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.jsonl"),
+            "--test_data", str(night_sky / "test.jsonl"), "--prompt_file", str(night_sky / "prompt.txt"), "--clip_model", f"local-dir:{toy / 'clip'}",
+            "--mixed_precision", "no", "--max_new_tokens", "32", "--max_pixels", "10000", "--learning_rate", "1e-3", "--no-freeze_vision"]  # fmt: skip
+    argv += ["--rollout_batch_size", "4", "--update_batch_size", "2", "--sft_batch_size", "9", "--micro_batch_size", "9"]
+    run(tmp_path, "--stage", "warmup", *argv, "--max_steps", "60", "--learning_rate", "3e-3")
+    run(tmp_path, "--stage", "sample", *argv)
+    split = {name: json.loads((tmp_path / "sample" / f"{name}.json").read_text()) for name in ("easy", "medium")}
+    assert {"q0", "q1"} <= {row["qid"] for row in split["easy"]} and len(split["medium"]) >= 2
+    assert split["easy"][0]["source"] == "sky"  # rows as they came in, other fields included
+    run(tmp_path, "--stage", "perception", *argv, "--max_steps", "2")
+    blind = sum(not row["images"] for row in split["easy"])
+    assert f"{blind} without a picture are left out of perception RL" in capsys.readouterr().out and blind >= 1
+    run(tmp_path, "--stage", "reasoning", *argv, "--max_steps", "2")
+    run(tmp_path, "--stage", "evaluate", *argv)
+    scores = json.loads((tmp_path / "evaluate" / "reasoning" / "scores.json").read_text())
+    assert scores["greedy"]["questions"] == 6 and scores["greedy"]["keyword"] > 0.5
+    assert weights_of(tmp_path / "perception").keys() == weights_of(tmp_path / "reasoning").keys()
+
+
+def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, toy, tmp_path):
+    argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.json"),
+            "--mixed_precision", "no", "--max_new_tokens", "8", "--group_size", "2", "--max_pixels", "10000", "--no-freeze_vision"]  # fmt: skip
+    run(tmp_path, "--stage", "warmup", *argv, "--warmup_cases", "hard", "--max_steps", "1", "--sft_batch_size", "2")
+    hard = json.loads((tmp_path / "sample_base" / "hard.json").read_text())
+    assert hard == json.loads((night_sky / "sft.json").read_text())  # a random model gets all of them wrong
+    assert json.loads((tmp_path / "warmup" / "summary.json").read_text())["rows"] == len(hard)
