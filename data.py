@@ -337,10 +337,12 @@ def toy_caption(scene, rng: random.Random) -> str:
 def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     """Write the toy world under `folder`: images/, sft.json, train.json, test.json, prompt.txt, model/, clip/.
 
-    Everything follows from `seed`. A folder that is already complete is left alone.
+    Everything follows from `seed`. A folder that is already complete is left alone; one of another seed is a DataError.
     """
     done = Path(folder, "toy.json")
     if done.exists():
+        if (old := json.loads(done.read_text())["seed"]) != seed:
+            raise DataError(f"{folder} was made with --seed {old}, not {seed}: use another --run_dir")
         return
     print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)
     rng = random.Random(seed)

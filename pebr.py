@@ -379,6 +379,13 @@ def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config
     return rollouts
 
 
+def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
+    try:
+        return ClipScorer(cfg.clip_model, accelerator.device, cfg.clip_lo, cfg.clip_hi)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ConfigError(f"--clip_model {cfg.clip_model}: {error}") from None
+
+
 def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None) -> None:
     """Fill in the reward parts (rewards.py)."""
     parts = score_parts([r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts], [r.text for r in rollouts],
@@ -503,6 +510,17 @@ def optimizer_step(accelerator, model, optimizer, cfg: Config, micro_batches: li
     return {**sums, "grad_norm": float(norm), "skipped_updates": 0.0 if finite else 1.0}
 
 
+def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
+    """The policy's model as accelerate wraps it, in train mode, and its optimizer."""
+    if cfg.freeze_vision:
+        freeze_vision(policy.model)
+    if cfg.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable()
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(policy.model, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    return model.train(), optimizer
+
+
 def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
     """By hand, from the step: a prepared scheduler would advance once per process. Returns the learning rate."""
     warmup = math.ceil(cfg.lr_warmup * total)
@@ -625,6 +643,14 @@ def seed_step(cfg: Config, stage: str, step: int, process: int = 0) -> None:
 # What the stages share: checked rows, a shuffled stream of them, log lines
 
 
+def default_image_root(path: str) -> str:
+    """The data file's folder; for a file that difficulty sampling wrote, that of the file it was split from."""
+    folder = os.path.dirname(os.path.abspath(path))
+    summary = Path(folder, "summary.json")
+    root = json.loads(summary.read_text()).get("image_root", "") if summary.is_file() else ""
+    return os.path.join(folder, root)
+
+
 def read_instruction(cfg: Config) -> str:
     if not cfg.prompt_file:
         return INSTRUCTION
@@ -633,10 +659,10 @@ def read_instruction(cfg: Config) -> str:
     return text
 
 
-def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, original: str, need_keywords=False) -> list[Row]:
+def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need_keywords=False) -> list[Row]:
     """Rows of a data file, each one encoded once the way training will. Broken rows stop the run with the whole list, or
-    are dropped and counted with --skip_bad_rows. `original`: the file whose folder picture paths are relative to."""
-    rows, problems = load_rows(path, cfg.image_root or os.path.dirname(os.path.abspath(original)), need_keywords)
+    are dropped and counted with --skip_bad_rows."""
+    rows, problems = load_rows(path, cfg.image_root or default_image_root(path), need_keywords)
     instruction, mine = read_instruction(cfg), []
     share = range(accelerator.process_index, len(rows), accelerator.num_processes)
     for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
@@ -696,7 +722,8 @@ def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, se
         append_jsonl(folder / "metrics.jsonl", [{"step": step, **metrics}])
         append_jsonl(folder / "timing.jsonl", [{"step": step, **timing}])
         line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
-        bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds[n] for n in seconds if not n.endswith('per_s')):.1f} s")
+        if cfg.stage != "warmup" or (cfg.print_every and step % cfg.print_every == 0):  # warm-up steps are many and short
+            bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds[n] for n in seconds if not n.endswith('per_s')):.1f} s")
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "reward", "accuracy") if name in metrics})
     bar.update()
 
@@ -708,7 +735,7 @@ def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, se
 def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, cfg.sft_data)
+    rows = checked_rows(data_path, cfg, policy, accelerator)
     if any(not row.response for row in rows):
         raise DataError(f"{data_path}: the warm-up needs sharegpt rows (messages), these are RL rows without a response")
     rows, dropped = filter_warmup_rows(rows)
@@ -717,16 +744,10 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         raise DataError(f"{data_path}: the warm-up filters dropped every row")
     if accelerator.is_main_process:
         write_json(folder / "summary.json", {"rows": len(rows), "dropped": dropped})
-    if cfg.freeze_vision:
-        freeze_vision(policy.model)
-    if cfg.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(policy.model, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    model, optimizer = prepare_training(policy, cfg, accelerator)
     total, instruction = number_of_steps(len(rows), cfg.sft_batch_size, cfg), read_instruction(cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
-    model.train()
     for step in range(start + 1, total + 1):
         clock = time.perf_counter()
         batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
@@ -807,11 +828,11 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     teaches reasoning nothing; a question that is always answered right is safe to describe.
     """
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, data_path, need_keywords=data_path == cfg.train_data)
+    rows = checked_rows(data_path, cfg, policy, accelerator, need_keywords=True)
     for row in rows:
         if not row.answer:
             raise DataError(f"{row.where}: no answer to grade against (its response has no final answer section)")
-    policy.model = accelerator.prepare_model(policy.model, evaluation_mode=True)
+    policy.model.to(accelerator.device)
     records = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator)
     split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
     right = [int(sum(record["scores"])) for record in records]
@@ -821,6 +842,7 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
         "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
         "truncated": round(sum(sum(record["truncated"]) for record in records) / len(records) / cfg.group_size, 4),
+        "image_root": os.path.relpath(cfg.image_root or default_image_root(data_path), folder),  # of the three files
     }
     if accelerator.is_main_process:
         for name, part in split.items():
@@ -902,28 +924,22 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     """GRPO (arXiv 2402.03300) with the stage's reward. Writes a model folder, metrics.jsonl and samples.jsonl."""
     weights = STAGE_REWARDS[cfg.stage]
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, cfg.train_data, need_keywords="keyword" in weights)
+    rows = checked_rows(data_path, cfg, policy, accelerator, need_keywords="keyword" in weights)
     if "clip" in weights:
         blind = sum(not row.images for row in rows)
         rows = [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
     if not rows:
         raise DataError(f"{data_path}: no question with a picture")
-    if cfg.freeze_vision:
-        freeze_vision(policy.model)
-    if cfg.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = None
     if cfg.kl_coef:  # the stage's start model, frozen
         reference = load_policy(model_path, cfg).model.eval().requires_grad_(False)
         reference.to(accelerator.device, torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32)
-    clip = ClipScorer(cfg.clip_model, accelerator.device, cfg.clip_lo, cfg.clip_hi) if "clip" in weights else None
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(policy.model, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    clip = load_clip(cfg, accelerator) if "clip" in weights else None
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
-    model.train()
     for step in range(start + 1, total + 1):
         seed_step(cfg, cfg.stage, step, accelerator.process_index)
         batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
@@ -944,7 +960,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
             values = [update[name] for update in updates if name in update]
             metrics[name] = sum(values) if name.endswith("_updates") else sum(values) / len(values)
         if clip:
-            metrics["clip_cut_texts"] = clip.cut_texts
+            metrics["clip_cut_texts"], clip.cut_texts = sum(gather_object([clip.cut_texts])), 0
         seconds["update_s"] = time.perf_counter() - clock
         tokens = metrics["length_tokens"] * cfg.rollout_batch_size * cfg.group_size
         seconds |= {f"{name}_tokens_per_s": tokens / seconds[f"{name}_s"] for name in ("rollout", "update")}
@@ -980,8 +996,8 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
 def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Answer held-out questions greedily and sampled; write predictions and scores.json."""
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, data_path)
-    clip = ClipScorer(cfg.clip_model, accelerator.device, cfg.clip_lo, cfg.clip_hi)
+    rows = checked_rows(data_path, cfg, policy, accelerator)
+    clip = load_clip(cfg, accelerator)
     policy.model.to(accelerator.device)
     scores = {}
     for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
@@ -1081,8 +1097,9 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator(mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir)
         if configs[0].log_with:
             accelerator.init_trackers("pebr", config=asdict(configs[0]))
-        if str(Path(configs[0].run_dir, "toy")) in "".join(str(value) for value in asdict(configs[0]).values()) and accelerator.is_main_process:
-            build_toy_world(str(Path(configs[0].run_dir, "toy")), configs[0].seed, ToyConfig())
+        toy = str(Path(configs[0].run_dir, "toy"))
+        if any(toy in str(value) for value in asdict(configs[0]).values()) and accelerator.is_main_process:
+            build_toy_world(toy, configs[0].seed, ToyConfig())
         accelerator.wait_for_everyone()
         for name in stages:
             run_stage(name, flags, True, accelerator)

@@ -500,9 +500,9 @@ def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tm
     path = root / "rows.json"
     path.write_text(json.dumps([{**ROW, "qid": "0"}, {**ROW, **change}, {**ROW, "qid": "2"}]))
     with pytest.raises(DataError) as error:
-        pebr.checked_rows(str(path), cfg, policy, accelerator, str(path), need_keywords=True)
+        pebr.checked_rows(str(path), cfg, policy, accelerator, need_keywords=True)
     assert "rows.json row 1: " in str(error.value) and reason in str(error.value) and "1 broken rows" in str(error.value)
-    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, str(path), need_keywords=True)
+    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, need_keywords=True)
     assert [row.qid for row in kept] == ["0", "2"]
     assert "dropped 1 broken rows" in capsys.readouterr().out
 
@@ -598,8 +598,10 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
         (["--min_pixels", "900000"], "is more than --max_pixels"),
         (["--stage", "perception", "--model", "x", "--train_data", "rows.json"], "needs --clip_model"),
         (["--stage", "warmup", "--model", "x", "--train_data", "rows.json"], "needs --sft_data"),
-        (["--stage", "warmup", "--model", "/no/such/folder"], "cannot load a vision-language model"),
-        (["--log_with", "notatracker"], "notatracker"),
+        (["--stage", "warmup", "--model", "/no/such/folder", "--mixed_precision", "no"], "cannot load a vision-language model"),
+        (["--log_with", "notatracker"], "--log_with notatracker: not installed"),
+        (["--seed", "5"], "was made with --seed 0, not 5"),
+        (["--stage", "evaluate", "--clip_model", "local-dir:/no/such/folder"], "--clip_model local-dir:/no/such/folder: no open_clip_config.json"),
     ],
 )
 def test_wrong_flags_stop_with_a_message_that_names_them(argv, reason, tmp_path, toy):
@@ -713,7 +715,7 @@ def test_two_runs_with_one_seed_give_the_same_metrics_line_by_line(toy_run, toy,
     run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"))
     for name in ("warmup/metrics.jsonl", "perception/metrics.jsonl", "perception/samples.jsonl"):
         assert lines(tmp_path / name) == lines(toy_run / name)
-    run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"), "--seed", "1", "--overwrite")
+    run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"), "--temperature", "1.1", "--overwrite")
     assert lines(tmp_path / "perception" / "samples.jsonl") != lines(toy_run / "perception" / "samples.jsonl")
 
 
@@ -831,7 +833,7 @@ def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tm
     argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.jsonl"),
             "--test_data", str(night_sky / "test.jsonl"), "--prompt_file", str(night_sky / "prompt.txt"), "--clip_model", f"local-dir:{toy / 'clip'}",
             "--mixed_precision", "no", "--max_new_tokens", "32", "--max_pixels", "10000", "--learning_rate", "1e-3", "--no-freeze_vision"]  # fmt: skip
-    argv += ["--rollout_batch_size", "4", "--update_batch_size", "2", "--sft_batch_size", "9", "--micro_batch_size", "9"]
+    argv += ["--rollout_batch_size", "4", "--update_batch_size", "2", "--sft_batch_size", "9", "--micro_batch_size", "9", "--temperature", "0.7"]
     run(tmp_path, "--stage", "warmup", *argv, "--max_steps", "60", "--learning_rate", "3e-3")
     run(tmp_path, "--stage", "sample", *argv)
     split = {name: json.loads((tmp_path / "sample" / f"{name}.json").read_text()) for name in ("easy", "medium")}
