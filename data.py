@@ -233,7 +233,7 @@ def picture_size(path: str) -> tuple[int, int]:
 #   - One grid cell is one image token (28 x 28 pixels).
 #   - The teacher is noisy: it leaves out or misnames objects, so the warmed-up model has something to sharpen.
 #   - It slips in its steps too, the more objects there are: easy and medium questions.
-#   - Prices have many possible answers and are seldom shown in the warm-up: hard questions.
+#   - Prices need a multiplication that the warm-up is too short to teach: hard questions.
 # ======================================================================================================================
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}
@@ -249,8 +249,8 @@ class ToyConfig:
     sft_rows: int = 6000
     rl_rows: int = 480
     test_rows: int = 320
-    object_noise: float = 0.25  # share of the objects that the teacher's description leaves out or misnames
-    slip_per_object: float = 0.08  # chance of a slip in the teacher's steps, per object beyond the first
+    object_noise: float = 0.2  # share of the objects that the teacher's description leaves out or misnames
+    slip_per_object: float = 0.1  # chance of a slip in the teacher's steps, per object beyond the first
     hidden: int = 128
     text_layers: int = 4
     vision_layers: int = 2
@@ -260,7 +260,7 @@ class ToyConfig:
 
 def toy_scene(rng: random.Random) -> list[tuple[str, str, str]]:
     """1 to 5 objects (color, shape, place) in reading order."""
-    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 2, 2, 3, 3, 4, 4, 5])))
+    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 1, 2, 2, 3, 3, 4, 5])))
     return [(rng.choice(list(COLORS)), rng.choice(SHAPES), PLACES[cell]) for cell in cells]
 
 
@@ -280,19 +280,28 @@ def toy_picture(scene, rng: random.Random) -> Image.Image:
     return image
 
 
-def toy_question(scene, kind: str, color: str) -> tuple[str, list, str]:
+@dataclass
+class ToyQuestion:
+    kind: str  # count, subtract or price
+    color: str
+    prices: tuple[int, int]  # of an object of that color, and of any other
+
+
+def toy_answer(scene, asked: ToyQuestion) -> tuple[str, list, str]:
     """(question, the objects that matter, answer)"""
+    color = asked.color
     same = [thing for thing in scene if thing[0] == color]
     others = [thing for thing in scene if thing[0] != color]
-    if kind == "count":
+    if asked.kind == "count":
         return f"How many {color} objects are there ?", same, str(len(same))
-    if kind == "subtract":
+    if asked.kind == "subtract":
         return f"Subtract all {color} objects . How many objects are left ?", others, str(len(others))
-    price = 7 * len(same) + 3 * len(others)
-    return f"A {color} object costs 7 coins , any other 3 . How many coins do all objects cost ?", same, str(price)
+    price, other = asked.prices
+    question = f"A {color} object costs {price} coins , any other {other} . How many coins do all objects cost ?"
+    return question, same, str(price * len(same) + other * len(others))
 
 
-def toy_rationale(scene, kind: str, color: str, rng: random.Random, toy: ToyConfig) -> str:
+def toy_rationale(scene, asked: ToyQuestion, rng: random.Random, toy: ToyConfig) -> str:
     """The teacher's response in the paper's answer format, with the teacher's mistakes."""
     seen = []
     for thing in scene:
@@ -306,9 +315,12 @@ def toy_rationale(scene, kind: str, color: str, rng: random.Random, toy: ToyConf
     if believed and rng.random() < toy.slip_per_object * (len(scene) - 1):  # one object less, or of another color
         i = rng.randrange(len(believed))
         believed[i : i + 1] = [] if rng.random() < 0.5 else [(rng.choice(list(COLORS)), *believed[i][1:])]
-    _, matter, answer = toy_question(believed, kind, color)
-    what = {"count": f"count the {color} objects", "subtract": f"leave out the {color} objects , count the rest",
-            "price": f"add up the coins of the {color} objects and of the others"}[kind]
+    _, matter, answer = toy_answer(believed, asked)
+    what = {
+        "count": f"count the {asked.color} objects",
+        "subtract": f"leave out the {asked.color} objects , count the rest",
+        "price": f"add up the coins of the {asked.color} objects and of the others",
+    }[asked.kind]
     return (
         f"### Image Description: There are {len(scene)} objects . {tell(seen)} .\n### Rationales: {what} .\n"
         f"### Let's think step by step.\n### Step 1: {tell(matter)} .\n### Step 2: that makes {answer} .\n"
@@ -354,22 +366,23 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     ):
         rows = []
         for i in range(count):
-            scene, kind, color = toy_scene(rng), rng.choice(kinds), rng.choice(list(COLORS))
+            scene = toy_scene(rng)
+            asked = ToyQuestion(rng.choice(kinds), rng.choice(list(COLORS)), (rng.randint(2, 9), rng.randint(2, 9)))
             image = f"images/{split}{i}.png"
             toy_picture(scene, rng).save(Path(folder, image))
-            question, _, answer = toy_question(scene, kind, color)
+            question, _, answer = toy_answer(scene, asked)
             if split == "sft":
                 messages = [{"role": "user", "content": "<image>" + question},
-                            {"role": "assistant", "content": toy_rationale(scene, kind, color, rng, toy)}]
+                            {"role": "assistant", "content": toy_rationale(scene, asked, rng, toy)}]
                 rows.append({"messages": messages, "images": [image]})
             else:
                 rows.append({"qid": f"{split}{i}", "problem": "<image>" + question, "answer": answer, "images": [image],
-                             "key_words": toy_keywords(scene), "kind": kind})
+                             "key_words": toy_keywords(scene), "kind": asked.kind})
         Path(folder, f"{split}.json").write_text(json.dumps(rows, indent=1))
     Path(folder, "prompt.txt").write_text("{question}")  # the toy model has no use for an instruction
     words = "user assistant system none that makes count the leave out rest add up coins of and others There are objects . , ? at A object"
     words += " How many is Subtract all left costs any other do cost " + " ".join([*COLORS, *SHAPES, *PLACES])
-    build_toy_model(Path(folder, "model"), seed, toy, words.split() + [str(n) for n in range(7 * len(PLACES) + 1)])
+    build_toy_model(Path(folder, "model"), seed, toy, words.split() + [str(n) for n in range(9 * len(PLACES) + 1)])
     build_toy_clip(Path(folder, "clip"), seed, toy)
     done.write_text(json.dumps({"seed": seed, **vars(toy)}))
 
