@@ -34,7 +34,9 @@ slightly narrower distribution than the one that is scored.
 import argparse
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -49,8 +51,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from data import INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages, filter_warmup_rows, load_image, load_rows
@@ -131,8 +138,9 @@ class Config:
     eval_samples: int = option(1, "sampled responses per question, beside the greedy one", EVAL)
     eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
 
+    engine: str = option("auto", "auto: prefill once and shared prefixes for the families that can; plain: generate and ordinary forwards", MEMORY)
     mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no", MEMORY)
-    micro_batch_size: int = option(4, "responses per forward and backward; lower this first when memory runs out", MEMORY)
+    micro_batch_size: int = option(8, "responses per forward and backward, best a multiple of --group_size; lower this first when memory runs out", MEMORY)
     generate_batch_size: int = option(64, "responses generated at once per process", MEMORY)
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass", MEMORY)
     # fmt: on
@@ -156,6 +164,10 @@ SETTINGS = {  # what must not change between the start and the end of a stage
     "warmup": (DATA, TRAIN), "sample": (DATA, ROLLOUT), "perception": (DATA, TRAIN, ROLLOUT, GRPO, REWARD),
     "reasoning": (DATA, TRAIN, ROLLOUT, GRPO), "evaluate": (DATA, ROLLOUT, REWARD, EVAL),
 }  # fmt: skip
+
+
+FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
+LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 
 
 class ConfigError(ValueError):
@@ -201,7 +213,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
             raise ConfigError(message)
 
     for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
-                              warmup_cases=["all", "hard"], mixed_precision=["no", "bf16"]).items():  # fmt: skip
+                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"]).items():  # fmt: skip
         need(getattr(cfg, name) in allowed, f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
     for f in fields(Config):
         if f.type in (int, float):
@@ -233,21 +245,51 @@ def check_config(cfg: Config, num_processes: int) -> None:
 
 
 @dataclass
-class Policy:
-    model: torch.nn.Module
-    processor: object
-    end_ids: list[int]  # every one of them ends a response
-    pad_id: int
-    banned_ids: list[int]  # image, video and vision marks: a sampled one has no picture behind it and crashes the forward
-
-
-@dataclass
 class Prompt:
     """One question, ready for the model. `inputs`: what the processor returned for it alone, batch dimension 1."""
 
     row: Row
     images: list  # PIL, for CLIP
     inputs: dict[str, torch.Tensor]
+
+
+class Policy(torch.nn.Module):
+    """A vision-language model with its processor. Called like a function, it gives the log-probs of completions: because
+    that is its forward, DDP and FSDP see one ordinary module call."""
+
+    def __init__(self, model, processor, fast: bool):
+        super().__init__()
+        self.model, self.processor, self.fast = model, processor, fast
+        tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.end_ids = ends if isinstance(ends, list) else [ends]  # every one of them ends a response
+        self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Image, video and vision marks are never sampled: without a picture behind it, one crashes the training forward.
+        names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        self.banned_ids = sorted({getattr(model.config, name, None) for name in names} - {None})
+        # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts; it is kept for saving.
+        self.saved_generation_config, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=self.pad_id)
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def forward(self, prompts: list[Prompt], completions: list[torch.Tensor], temperature: float):
+        """Log-probs of the completion tokens at the temperature they were sampled with, and the exact entropy there.
+
+        completions: (C_i,) ids, those of one prompt next to each other. Returns logprobs (B, C) with gradient, entropy (B, C)
+        without, mask (B, C). Softmax over the whole vocabulary in float32, before the ban and before top-p.
+        """
+        lengths = torch.tensor([len(c) for c in completions], device=self.device)
+        mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C)
+        hidden = (shared_prefix_states if self.fast else plain_states)(self, prompts, completions)  # (tokens, D)
+        ids, head = torch.cat(completions).to(self.device), self.model.get_output_embeddings()
+        # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB in float32.
+        chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
+                  for h, i in zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))]  # fmt: skip
+        logprobs, entropy = (torch.cat(values) for values in zip(*chunks))  # (tokens,)
+        zeros = torch.zeros(mask.shape, device=self.device)
+        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
 
 
 def load_policy(path: str, cfg: Config) -> Policy:
@@ -262,23 +304,18 @@ def load_policy(path: str, cfg: Config) -> Policy:
         raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from None
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
-    tokenizer = processor.tokenizer
-    end_ids = model.generation_config.eos_token_id
-    end_ids = tokenizer.eos_token_id if end_ids is None else end_ids
-    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
-    names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    banned = {getattr(model.config, name, None) for name in names} - {None}
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
-    # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts: it is kept for saving.
-    model.saved_generation_config, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=pad_id)
-    return Policy(model, processor, end_ids, pad_id, sorted(banned))
+    fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES
+    if fast:
+        model.config.text_config._attn_implementation = "shared_prefix"
+    return Policy(model, processor, fast)
 
 
 def save_policy(policy: Policy, accelerator: Accelerator, model, folder: Path) -> None:
     """A complete Hugging Face folder, in float32 so that the next stage goes on from the exact weights."""
     state = accelerator.get_state_dict(model)  # collective: on every process
+    state = {name.removeprefix("model."): value for name, value in state.items()}  # of the Hugging Face model inside
     if accelerator.is_main_process:
-        clean, policy.model.generation_config = policy.model.generation_config, policy.model.saved_generation_config
+        clean, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
         policy.model.save_pretrained(folder, state_dict=state)
         policy.processor.save_pretrained(folder)
         policy.model.generation_config = clean
@@ -344,39 +381,96 @@ class Rollout:
     tokens: torch.Tensor  # (C,) sampled ids, the end token included if there is one
     text: str
     truncated: bool  # no end token within max_new_tokens
+    old_logprobs: torch.Tensor | None = None  # (C,) under the policy that sampled; None: not known from sampling
     parts: dict = field(default_factory=dict)  # of the reward
     reward: float = 0.0
     advantage: float = 0.0
-    old_logprobs: torch.Tensor | None = None  # (C,) under the policy that sampled; None: this is still that policy
     ref_logprobs: torch.Tensor | None = None  # (C,) under the stage's start model
-
-
-def first_end(tokens: torch.Tensor, end_ids: list[int]) -> tuple[int, bool]:
-    """(length up to and with the first end token, whether there is none). From positions: padding may equal an end token."""
-    ends = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device)).nonzero()
-    return (int(ends[0]) + 1, False) if len(ends) else (len(tokens), True)
 
 
 @torch.no_grad()
 def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float) -> list[Rollout]:
     """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy."""
-    policy.model.eval()
-    sampling = dict(do_sample=True, temperature=temperature, top_p=cfg.top_p, top_k=0) if temperature else dict(do_sample=False)
+    policy.eval()
     rollouts, size = [], max(1, cfg.generate_batch_size // n)
     for start in range(0, len(prompts), size):
         chunk = prompts[start : start + size]
-        batch = collate(chunk, None, policy.pad_id, accelerator.device)
         with accelerator.autocast():
-            ids = policy.model.generate(
-                **batch, **sampling, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens, repetition_penalty=1.0,
-                suppress_tokens=policy.banned_ids or None, eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
-            )  # fmt: skip
-        for i, tokens in enumerate(ids[:, batch["input_ids"].shape[1] :].cpu()):
-            length, truncated = first_end(tokens, policy.end_ids)
-            text = policy.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-            rollouts.append(Rollout(chunk[i // n], tokens[:length], text, truncated))
-    policy.model.train()
+            sampled = (decode if policy.fast else decode_plain)(policy, chunk, n, cfg, temperature)
+        for i, (tokens, logprobs) in enumerate(sampled):
+            text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+            rollouts.append(Rollout(chunk[i // n], tokens, text, tokens[-1].item() not in policy.end_ids, logprobs))
+    policy.train()
     return rollouts
+
+
+def decode_plain(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
+    """transformers' generate, for any model. Returns [((C,) tokens, None)] for P * n responses."""
+    batch = collate(prompts, None, policy.pad_id, policy.device)
+    sampling = dict(do_sample=True, temperature=temperature, top_p=cfg.top_p, top_k=0) if temperature else dict(do_sample=False)
+    ids = policy.model.generate(
+        **batch, **sampling, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens, repetition_penalty=1.0,
+        suppress_tokens=policy.banned_ids or None, eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
+    )[:, batch["input_ids"].shape[1] :].cpu()  # fmt: skip
+    return [(tokens[: first_end(tokens, policy.end_ids)], None) for tokens in ids]
+
+
+def first_end(tokens: torch.Tensor, end_ids: list[int]) -> int:
+    """Length up to and with the first end token. From positions, not from padding, which may be an end token too."""
+    ends = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device)).nonzero()
+    return int(ends[0]) + 1 if len(ends) else len(tokens)
+
+
+def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
+    """Prefill each prompt and its pictures once, repeat the KV cache n times, decode; rows leave the batch as they end.
+
+    Returns [((C,) tokens, (C,) log-probs)] for P * n responses. Positions are explicit, so nothing stays on the model.
+    """
+    batch = collate(prompts, None, policy.pad_id, policy.device)
+    positions, next_position = rope_positions(policy, batch)
+    batch.pop("mm_token_type_ids", None)
+    out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache, mask = out.past_key_values, batch["attention_mask"].repeat_interleave(n, 0)  # (P * n, T)
+    cache.batch_repeat_interleave(n)
+    logits, next_position = out.logits[:, -1].repeat_interleave(n, 0), next_position.repeat_interleave(n, 0)  # (P * n, V), (P * n, 1)
+    alive, ends = torch.arange(len(mask), device=policy.device), torch.tensor(policy.end_ids, device=policy.device)
+    sampled, logprobs = [[] for _ in mask], [[] for _ in mask]
+    for step in range(cfg.max_new_tokens):
+        tokens, chosen = sample_tokens(logits, temperature, cfg.top_p, policy.banned_ids)  # (alive,)
+        for row, token, logprob in zip(alive.tolist(), tokens.tolist(), chosen.tolist()):
+            sampled[row].append(token)
+            logprobs[row].append(logprob)
+        going = (~torch.isin(tokens, ends)).nonzero()[:, 0]
+        if len(going) == 0 or step == cfg.max_new_tokens - 1:
+            break
+        if len(going) < len(alive):
+            alive, tokens, mask, next_position = alive[going], tokens[going], mask[going], next_position[going]
+            cache.batch_select_indices(going)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = policy.model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=(next_position + step).expand(3, -1, -1),
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        logits = out.logits[:, -1]
+    return [(torch.tensor(tokens), torch.tensor(values)) for tokens, values in zip(sampled, logprobs)]
+
+
+def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row of logits (B, V), and its log-prob under the full softmax at the temperature.
+
+    That log-prob is what the training forward computes for the token: it is taken before the ban and before top-p.
+    temperature 0: the most likely token.
+    """
+    logits = logits.float() / (temperature or 1.0)
+    logprobs, allowed = logits.log_softmax(-1), logits.clone()
+    allowed[:, banned] = float("-inf")
+    if temperature == 0:
+        tokens = allowed.argmax(-1)
+    else:
+        ordered, index = allowed.softmax(-1).sort(-1, descending=True)  # (B, V)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # tokens before it already hold top_p of the probability
+        tokens = index.gather(-1, torch.multinomial(ordered.masked_fill(outside, 0.0), 1))[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
 def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
@@ -398,32 +492,87 @@ def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None) -> None:
 # Log-probs
 
 
-def token_logprobs(model, prompts: list[Prompt], completions: list[torch.Tensor], pad_id: int, temperature: float, device):
-    """Log-probs of the completion tokens at the temperature they were sampled with, and the exact entropy there.
-
-    Returns logprobs (B, C) with gradient, entropy (B, C) without, mask (B, C). Softmax over the whole vocabulary in
-    float32, before the ban and before top-p.
-    """
-    batch = collate(prompts, completions, pad_id, device)
-    C = max(len(c) for c in completions)
-    lengths = torch.tensor([len(c) for c in completions], device=device)
-    mask = (torch.arange(C, device=device) < lengths[:, None]).float()  # (B, C)
-    logits = model(**batch, use_cache=False, logits_to_keep=C + 1).logits[:, -C - 1 : -1].float() / temperature  # (B, C, V)
-    logprobs = logits.log_softmax(-1)
+def head_logprobs(head, hidden: torch.Tensor, ids: torch.Tensor, temperature: float):
+    """hidden (N, D), ids (N,) -> log-probs of the ids (N,), entropy (N,)"""
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)  # (B, C)
-    ids = batch["input_ids"][:, -C:]  # (B, C)
-    return logprobs.gather(-1, ids[..., None])[..., 0] * mask, entropy * mask, mask
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, ids[:, None])[:, 0], entropy
+
+
+def plain_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
+    """(tokens, D): for every completion token, the state that predicts it. Any model; each response carries its prompt."""
+    batch = collate(prompts, completions, policy.pad_id, policy.device)
+    C = max(len(c) for c in completions)
+    hidden = policy.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, T + C, D)
+    return torch.cat([row[: len(c)] for row, c in zip(hidden[:, -C - 1 : -1], completions)])
+
+
+def shared_prefix_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
+    """The same states from one row [prompt, c1 ... cG] per group: prompt and pictures go through the model once."""
+    states, i = [], 0
+    for _, group in itertools.groupby(prompts, key=id):
+        G = len(list(group))
+        states.append(group_states(policy, prompts[i], completions[i : i + G]))
+        i += G
+    return torch.cat(states)
+
+
+def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]) -> torch.Tensor:
+    inputs = {name: value.to(policy.device) for name, value in prompt.inputs.items()}
+    positions, next_position = rope_positions(policy, inputs)  # (3, 1, T), (1, 1)
+    T, G, L = positions.shape[-1], len(completions), max(max(len(c) for c in completions) - 1, 1)
+    tails = torch.full((G, L), policy.pad_id)  # a completion's last token predicts nothing: it is no input
+    for i, c in enumerate(completions):
+        tails[i, : len(c) - 1] = c[:-1]
+    tail_positions = (next_position + torch.arange(L, device=policy.device)).repeat(1, G).expand(3, 1, -1)  # each follows the prompt
+    hidden = policy.model.base_model(
+        input_ids=torch.cat([inputs["input_ids"], tails.view(1, -1).to(policy.device)], 1),  # (1, T + G * L)
+        position_ids=torch.cat([positions, tail_positions], -1), use_cache=False, shared_prefix=(T, G),
+        **{name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")},
+    ).last_hidden_state[0]  # fmt: skip
+    last, tails = hidden[T - 1 : T], hidden[T:].view(G, L, -1)  # the prompt's last state predicts every first token
+    return torch.cat([torch.cat([last, tail[: len(c) - 1]]) for tail, c in zip(tails, completions)])
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, shared_prefix=None, **kwargs):
+    """Attention of one row [prompt, c1 ... cG] with shared_prefix = (T, G): the prompt attends to itself, each completion to
+    the prompt and itself. Without shared_prefix (decoding, other callers): transformers' sdpa."""
+    if shared_prefix is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    T, G = shared_prefix
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves them in float32
+    tail = lambda x: x[0, :, T:].unflatten(1, (G, -1)).transpose(0, 1)  # (G, heads, L, dim)
+    full = lambda x: torch.cat([x[:, :, :T].expand(G, -1, -1, -1), tail(x)], 2)  # (G, heads, T + L, dim)
+    sdpa = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    prompt = sdpa(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True)  # (1, heads, T, dim)
+    q = tail(query)
+    # Lower-right causal: the kernel for it is a flash kernel on CUDA; a dense mask would not be.
+    tails = sdpa(q, full(key), full(value), attn_mask=causal_lower_right(q.shape[2], T + q.shape[2]))  # (G, heads, L, dim)
+    return torch.cat([prompt, tails.transpose(0, 1).flatten(1, 2)[None]], 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+
+
+def rope_positions(policy: Policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (3, B, T) of left-padded prompts by time, height and width, and the next position (B, 1) of each."""
+    positions, delta = policy.model.base_model.get_rope_index(
+        batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"),
+        attention_mask=batch["attention_mask"],
+    )  # fmt: skip
+    return positions, batch["attention_mask"].sum(-1, keepdim=True) + delta
 
 
 @torch.no_grad()
-def rollout_logprobs(model, rollouts: list[Rollout], policy: Policy, cfg: Config, accelerator) -> list[torch.Tensor]:
+def rollout_logprobs(model, rollouts: list[Rollout], cfg: Config, accelerator) -> list[torch.Tensor]:
     """(C_i,) log-probs of each rollout under `model`, in micro-batches."""
     result = []
     for start in range(0, len(rollouts), cfg.micro_batch_size):
         chunk = rollouts[start : start + cfg.micro_batch_size]
         with accelerator.autocast():
-            logprobs, _, _ = token_logprobs(model, [r.prompt for r in chunk], [r.tokens for r in chunk], policy.pad_id, cfg.temperature, accelerator.device)
+            logprobs, _, _ = model([r.prompt for r in chunk], [r.tokens for r in chunk], cfg.temperature)
         result += [row[: len(r.tokens)].cpu() for row, r in zip(logprobs, chunk)]
     return result
 
@@ -516,8 +665,8 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         freeze_vision(policy.model)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(policy.model, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
     return model.train(), optimizer
 
 
@@ -755,7 +904,7 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
 
         def loss_of(examples):
-            logprobs, _, _ = token_logprobs(model, [p for p, _ in examples], [c for _, c in examples], policy.pad_id, 1.0, accelerator.device)
+            logprobs, _, _ = model([p for p, _ in examples], [c for _, c in examples], 1.0)
             loss = -logprobs.sum() / tokens
             return loss, {"loss": loss.detach()}
 
@@ -832,7 +981,7 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     for row in rows:
         if not row.answer:
             raise DataError(f"{row.where}: no answer to grade against (its response has no final answer section)")
-    policy.model.to(accelerator.device)
+    policy.to(accelerator.device)
     records = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator)
     split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
     right = [int(sum(record["scores"])) for record in records]
@@ -881,8 +1030,9 @@ def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, cli
     return [r for group in groups for r in group], seconds
 
 
-def update_policy(rollouts: list[Rollout], model, optimizer, policy: Policy, cfg: Config, accelerator) -> dict[str, float]:
-    """One optimizer update on whole groups; this process holds `rollouts` of them."""
+def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accelerator, off_policy: bool) -> dict[str, float]:
+    """One optimizer update on whole groups; this process holds `rollouts` of them. off_policy: the policy has been updated
+    since it sampled them."""
     device = accelerator.device
     trains = lambda r: not (cfg.mask_truncated and r.truncated)
     counts = torch.tensor([sum(len(r.tokens) for r in rollouts if trains(r)), sum(trains(r) for r in rollouts)], device=device)
@@ -898,8 +1048,8 @@ def update_policy(rollouts: list[Rollout], model, optimizer, policy: Policy, cfg
         return out
 
     def loss_of(batch: list[Rollout]):
-        logprobs, entropy, mask = token_logprobs(model, [r.prompt for r in batch], [r.tokens for r in batch], policy.pad_id, cfg.temperature, device)
-        old = padded([r.old_logprobs for r in batch], logprobs) if batch[0].old_logprobs is not None else logprobs.detach()
+        logprobs, entropy, mask = model([r.prompt for r in batch], [r.tokens for r in batch], cfg.temperature)
+        old = padded([r.old_logprobs for r in batch], logprobs) if off_policy else logprobs.detach()  # on-policy: ratio exactly 1
         ref = padded([r.ref_logprobs for r in batch], logprobs) if cfg.kl_coef else None
         mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
         weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
@@ -934,7 +1084,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = None
     if cfg.kl_coef:  # the stage's start model, frozen
-        reference = load_policy(model_path, cfg).model.eval().requires_grad_(False)
+        reference = load_policy(model_path, cfg).eval().requires_grad_(False)
         reference.to(accelerator.device, torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32)
     clip = load_clip(cfg, accelerator) if "clip" in weights else None
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
@@ -949,13 +1099,14 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         clock = time.perf_counter()
         per_update = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
         if cfg.kl_coef:
-            for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, policy, cfg, accelerator)):
+            for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, cfg, accelerator)):
                 rollout.ref_logprobs = logprobs
-        later = rollouts[per_update:]  # at the first update the policy is still the one that sampled: its ratio is exactly 1
-        for rollout, logprobs in zip(later, rollout_logprobs(model, later, policy, cfg, accelerator)):
+        unknown = [r for r in rollouts[per_update:] if r.old_logprobs is None]  # the plain engine does not tell them
+        for rollout, logprobs in zip(unknown, rollout_logprobs(model, unknown, cfg, accelerator)):
             rollout.old_logprobs = logprobs
         lr = set_learning_rate(optimizer, cfg, step - 1, total)
-        updates = [update_policy(rollouts[i : i + per_update], model, optimizer, policy, cfg, accelerator) for i in range(0, len(rollouts), per_update)]
+        updates = [update_policy(rollouts[i : i + per_update], model, optimizer, cfg, accelerator, off_policy=i > 0)
+                   for i in range(0, len(rollouts), per_update)]  # fmt: skip
         for name in sorted({name for update in updates for name in update}):
             values = [update[name] for update in updates if name in update]
             metrics[name] = sum(values) if name.endswith("_updates") else sum(values) / len(values)
@@ -998,7 +1149,7 @@ def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, acceler
     policy = load_policy(model_path, cfg)
     rows = checked_rows(data_path, cfg, policy, accelerator)
     clip = load_clip(cfg, accelerator)
-    policy.model.to(accelerator.device)
+    policy.to(accelerator.device)
     scores = {}
     for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
         records = answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)

@@ -272,18 +272,18 @@ def gradients(policy, rollouts, cfg, accelerator):
         def step(self, closure=None):
             caught.update({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
 
-    pebr.update_policy(rollouts, policy.model, Catch(policy.model.parameters(), lr=1.0), policy, cfg, accelerator)
+    pebr.update_policy(rollouts, policy, Catch(policy.parameters(), lr=1.0), cfg, accelerator, off_policy=False)
     return caught
 
 
 @pytest.mark.parametrize("loss_mean", ["token", "sequence", "constant"])
 def test_one_and_four_ragged_micro_batches_give_equal_gradients(policy, cfg, tmp_path, accelerator, loss_mean):
-    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [9, 1, 4, 12, 2, 7, 3], [1, -1, 0.5, 2, -0.3, 0.2, -2])
-    ref = pebr.rollout_logprobs(policy.model, rollouts, policy, cfg, accelerator)
+    rollouts = grouped_rollouts(policy, cfg, tmp_path)
+    ref = pebr.rollout_logprobs(policy, rollouts, cfg, accelerator)
     for rollout, logprobs in zip(rollouts, ref):
         rollout.ref_logprobs = logprobs - 0.1
-    whole = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=7, loss_mean=loss_mean, grad_clip=1e9), accelerator)
-    parts = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=2, loss_mean=loss_mean, grad_clip=1e9), accelerator)
+    whole = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=12, loss_mean=loss_mean, grad_clip=1e9), accelerator)
+    parts = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=3, loss_mean=loss_mean, grad_clip=1e9), accelerator)
     assert max(g.abs().max() for g in whole.values()) > 1e-3
     for name in whole:
         assert torch.allclose(whole[name], parts[name], atol=1e-6), name
@@ -296,7 +296,7 @@ def test_an_update_of_masked_truncated_responses_changes_no_parameter(policy, cf
     before = {n: p.clone() for n, p in policy.model.named_parameters()}
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1, weight_decay=0.1)
     cfg = pebr.replace(cfg, mask_truncated=True, kl_coef=0.0)
-    assert pebr.update_policy(rollouts, policy.model, optimizer, policy, cfg, accelerator) == {"masked_updates": 1.0}
+    assert pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy=False) == {"masked_updates": 1.0}
     assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
 
 
@@ -304,7 +304,7 @@ def test_a_non_finite_gradient_skips_the_update(policy, cfg, tmp_path, accelerat
     rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [3, 3], [1, float("inf")])
     before = {n: p.clone() for n, p in policy.model.named_parameters()}
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
-    metrics = pebr.update_policy(rollouts, policy.model, optimizer, policy, pebr.replace(cfg, kl_coef=0.0), accelerator)
+    metrics = pebr.update_policy(rollouts, policy, optimizer, pebr.replace(cfg, kl_coef=0.0), accelerator, off_policy=False)
     assert metrics["skipped_updates"] == 1
     assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
 
@@ -336,7 +336,7 @@ def test_logprobs_equal_the_logits_of_generate(policy, cfg, tmp_path):
     assert len({p.inputs["input_ids"].shape[1] for p in prompts}) == 3  # so the batch really was padded
     order = torch.randperm(len(repeated)).tolist()
     for rows in (order[:4], order[4:], *[[i] for i in order]):
-        got, _, mask = pebr.token_logprobs(policy.model, [repeated[i] for i in rows], [tokens[i] for i in rows], policy.pad_id, cfg.temperature, "cpu")
+        got, _, mask = policy([repeated[i] for i in rows], [tokens[i] for i in rows], cfg.temperature)
         assert mask.all() and torch.allclose(got, expected[rows], atol=1e-4)
         generate_logprobs(policy, prompts[:1], 1, cfg)  # leaves rope_deltas of batch size 1
 
@@ -348,16 +348,78 @@ def test_several_pictures_in_one_row_equal_generate_too(policy, cfg, tmp_path):
     prompt = pebr.encode_prompt(policy, row, cfg, "{question}")
     swapped = pebr.encode_prompt(policy, Row("", "1", row.problem, "1", images[::-1]), cfg, "{question}")
     tokens, expected = generate_logprobs(policy, [prompt], 2, cfg)
-    got, _, _ = pebr.token_logprobs(policy.model, [prompt] * 2, list(tokens), policy.pad_id, cfg.temperature, "cpu")
-    other, _, _ = pebr.token_logprobs(policy.model, [swapped] * 2, list(tokens), policy.pad_id, cfg.temperature, "cpu")
+    got, _, _ = policy([prompt] * 2, list(tokens), cfg.temperature)
+    other, _, _ = policy([swapped] * 2, list(tokens), cfg.temperature)
     assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(other, expected, atol=1e-2)
+
+
+def grouped_rollouts(policy, cfg, tmp_path):
+    """Ragged groups: two picture sizes, no picture, two pictures; one response of a single token, one group all truncated."""
+    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left"))
+    two = Row("", "2", "red <image> and blue <image>", "1", [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (84, 56))])
+    prompts.append(pebr.encode_prompt(policy, two, cfg, "{question}"))
+    lengths, rollouts = [9, 1, 4, 7, 3, 2, 5, 5, 5, 12, 12, 12], []
+    generator = torch.Generator().manual_seed(1)
+    for i, length in enumerate(lengths):
+        tokens = torch.randint(10, 60, (length,), generator=generator)
+        rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, advantage=[1.0, -2.0, 0.5][i % 3]))
+    return rollouts
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(toy, policy, cfg, tmp_path, accelerator, checkpointing):
+    plain = pebr.load_policy(str(toy / "model"), pebr.replace(cfg, engine="plain"))
+    assert policy.fast and not plain.fast
+    rollouts = grouped_rollouts(policy, cfg, tmp_path)
+    cfg = pebr.replace(cfg, kl_coef=0.0, grad_clip=1e9)
+    if checkpointing:
+        policy.model.activation_checkpointing_enable()
+    policy.train(), plain.train()
+    of = lambda p: p([r.prompt for r in rollouts], [r.tokens for r in rollouts], 1.2)
+    for fast_values, plain_values in zip(of(policy), of(plain)):  # log-probs, entropy, mask
+        assert torch.allclose(fast_values, plain_values, atol=1e-4)
+    fast_gradients, plain_gradients = gradients(policy, rollouts, cfg, accelerator), gradients(plain, rollouts, cfg, accelerator)
+    assert fast_gradients.keys() == plain_gradients.keys() and max(g.abs().max() for g in plain_gradients.values()) > 1e-2
+    for name, expected in plain_gradients.items():
+        assert torch.allclose(fast_gradients[name], expected, atol=1e-5), name
+
+
+def test_prefill_once_decodes_the_tokens_of_plain_generate(toy, policy, cfg, tmp_path, accelerator):
+    plain = pebr.load_policy(str(toy / "model"), pebr.replace(cfg, engine="plain"))
+    prompts = [r.prompt for r in grouped_rollouts(policy, cfg, tmp_path)][::3]
+    cfg = pebr.replace(cfg, max_new_tokens=40)
+    for batch in (prompts, prompts[:1], prompts[2:3]):  # padded, alone, no picture in the whole batch
+        fast = pebr.generate_rollouts(policy, batch, 1, cfg, accelerator, 0.0)
+        slow = pebr.generate_rollouts(plain, batch, 1, cfg, accelerator, 0.0)
+        assert [r.tokens.tolist() for r in fast] == [r.tokens.tolist() for r in slow]
+        assert [r.truncated for r in fast] == [r.truncated for r in slow]
+
+
+def test_the_samplers_logprobs_are_those_of_the_training_forward(policy, cfg, tmp_path, accelerator):
+    torch.manual_seed(0)
+    cfg = pebr.replace(cfg, max_new_tokens=40, top_p=0.5)
+    rollouts = pebr.generate_rollouts(policy, prompts_of(policy, cfg, tmp_path), 4, cfg, accelerator, cfg.temperature)
+    assert len({len(r.tokens) for r in rollouts}) > 1  # rows did leave the batch early
+    for rollout, expected in zip(rollouts, pebr.rollout_logprobs(policy, rollouts, cfg, accelerator)):
+        assert torch.allclose(rollout.old_logprobs, expected, atol=1e-4)
+
+
+def test_sampled_tokens_follow_temperature_and_top_p_and_avoid_the_ban():
+    # p = 1/2, 1/4, 1/8, 1/8 at T = 1. Banning token 0 leaves 1/2, 1/4, 1/4; top-p 0.7 keeps tokens 1 and 2 (or 3): 2/3, 1/3.
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.1249]).log().repeat(30_000, 1)
+    torch.manual_seed(0)
+    tokens, logprobs = pebr.sample_tokens(2 * logits, 2.0, 0.7, [0])  # twice the logits at T = 2 are the logits at T = 1
+    share = tokens.bincount(minlength=4) / len(tokens)
+    assert share.tolist() == pytest.approx([0, 2 / 3, 1 / 3, 0], abs=0.01)
+    assert torch.allclose(logprobs[tokens == 1], torch.tensor(0.25).log(), atol=1e-3)  # before ban and top-p
+    assert pebr.sample_tokens(logits[:1], 0.0, 1.0, [0])[0].item() == 1
 
 
 def test_another_picture_gives_other_logprobs(policy, cfg, tmp_path):
     rows = [Row("", "1", "red", "1", [picture(tmp_path / f"{i}.png", color=color)]) for i, color in enumerate([(200, 0, 0), (0, 0, 200)])]
     prompts = [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows]
     completion = torch.arange(20, 30)
-    got, _, _ = pebr.token_logprobs(policy.model, prompts, [completion] * 2, policy.pad_id, 1.0, "cpu")
+    got, _, _ = policy(prompts, [completion] * 2, 1.0)
     assert (got[0] - got[1]).abs().max() > 1e-2
 
 
@@ -365,7 +427,7 @@ def test_entropy_is_exact(policy, cfg, tmp_path):
     # A model with a zero head is uniform over its V tokens: entropy log V at every position, at any temperature.
     policy.model.lm_head.weight.data.zero_()
     prompts = prompts_of(policy, cfg, tmp_path)
-    _, entropy, mask = pebr.token_logprobs(policy.model, prompts, [torch.arange(3), torch.arange(5)], policy.pad_id, 1.2, "cpu")
+    _, entropy, mask = policy(prompts, [torch.arange(3), torch.arange(5)], 1.2)
     assert torch.allclose(entropy[mask.bool()], torch.tensor(math.log(policy.model.lm_head.weight.shape[0])))
     assert mask.sum(1).tolist() == [3, 5]
 
@@ -373,7 +435,7 @@ def test_entropy_is_exact(policy, cfg, tmp_path):
 def test_at_the_first_update_the_ratio_is_exactly_one(policy, cfg, tmp_path, accelerator):
     rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, 1])
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
-    metrics = pebr.update_policy(rollouts, policy.model, optimizer, policy, pebr.replace(cfg, kl_coef=0.0), accelerator)
+    metrics = pebr.update_policy(rollouts, policy, optimizer, pebr.replace(cfg, kl_coef=0.0), accelerator, off_policy=False)
     assert metrics["loss"] == pytest.approx(-1, abs=1e-6) and metrics["clipped_high"] == 0  # -(ratio * advantage), 10 tokens / 10
     assert metrics["grad_norm"] > 1e-3  # the loss value says nothing; the gradient is there
 
@@ -381,10 +443,10 @@ def test_at_the_first_update_the_ratio_is_exactly_one(policy, cfg, tmp_path, acc
 @pytest.mark.parametrize(
     "tokens, expected",
     [
-        ([7, 8, 2, 2, 2], (3, False)),  # pad = end = 2: the first one is kept and trained, the rest is padding
-        ([7, 8, 9, 10, 11], (5, True)),  # truncated
-        ([7, 5, 2, 0, 0], (2, False)),  # any of several end tokens
-        ([2, 2, 2, 2, 2], (1, False)),
+        ([7, 8, 2, 2, 2], 3),  # pad = end = 2: the first one is kept and trained, the rest is padding
+        ([7, 8, 9, 10, 11], 5),  # truncated
+        ([7, 5, 2, 0, 0], 2),  # any of several end tokens
+        ([2, 2, 2, 2, 2], 1),
     ],
 )
 def test_the_mask_keeps_the_first_end_token_and_drops_what_follows(tokens, expected):
@@ -425,8 +487,8 @@ def test_the_folders_generation_config_does_not_leak_into_rollouts_and_is_kept_o
     from transformers import GenerationConfig
 
     policy = pebr.load_policy(str(toy / "model"), cfg)
-    policy.model.saved_generation_config.update(top_k=1, repetition_penalty=1.5, do_sample=True)
-    pebr.save_policy(policy, accelerator, policy.model, tmp_path / "model")
+    policy.saved_generation_config.update(top_k=1, repetition_penalty=1.5, do_sample=True)
+    pebr.save_policy(policy, accelerator, policy, tmp_path / "model")
     leaky = pebr.load_policy(str(tmp_path / "model"), cfg)
     assert leaky.end_ids == policy.end_ids and len(leaky.end_ids) == 2
     torch.manual_seed(0)
@@ -451,7 +513,7 @@ def test_warmup_labels_cover_exactly_the_response_and_its_end(policy, cfg, toy):
     prompts = [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows[:3]]
     responses = [pebr.encode_response(policy, row.response) for row in rows[:3]]
     batch = pebr.collate(prompts, responses, policy.pad_id, "cpu")
-    _, _, mask = pebr.token_logprobs(policy.model, prompts, responses, policy.pad_id, 1.0, "cpu")
+    _, _, mask = policy(prompts, responses, 1.0)
     for ids, kept, row in zip(batch["input_ids"][:, -mask.shape[1] :], mask.bool(), rows):
         *labels, end = ids[kept].tolist()
         assert policy.processor.tokenizer.decode(labels).split() == row.response.split()
