@@ -138,6 +138,7 @@ class Config:
     eval_samples: int = option(1, "sampled responses per question, beside the greedy one", EVAL)
     eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
 
+    threads: int = option(0, "CPU threads per process, 0 = the cores divided by the processes", MEMORY)
     engine: str = option("auto", "auto: prefill once and shared prefixes for the families that can; plain: generate and ordinary forwards", MEMORY)
     mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no", MEMORY)
     micro_batch_size: int = option(8, "responses per forward and backward, best a multiple of --group_size; lower this first when memory runs out", MEMORY)
@@ -282,7 +283,8 @@ class Policy(torch.nn.Module):
         """
         lengths = torch.tensor([len(c) for c in completions], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C)
-        hidden = (shared_prefix_states if self.fast else plain_states)(self, prompts, completions)  # (tokens, D)
+        shared = self.fast and len(set(map(id, prompts))) < len(prompts)  # the warm-up has nothing to share
+        hidden = (shared_prefix_states if shared else plain_states)(self, prompts, completions)  # (tokens, D)
         ids, head = torch.cat(completions).to(self.device), self.model.get_output_embeddings()
         # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB in float32.
         chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
@@ -1245,6 +1247,7 @@ def main(argv: list[str] | None = None) -> None:
         configs = [resolve(name, flags) for name in stages]
         for cfg in configs:  # all of them before the first one starts
             check_config(cfg, PartialState().num_processes)
+        torch.set_num_threads(configs[0].threads or max(1, len(os.sched_getaffinity(0)) // PartialState().num_processes))
         accelerator = Accelerator(mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir)
         if configs[0].log_with:
             accelerator.init_trackers("pebr", config=asdict(configs[0]))

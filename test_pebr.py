@@ -680,7 +680,7 @@ SMALL = ["--max_steps", "2", "--rollout_batch_size", "4", "--update_batch_size",
 
 
 def run(run_dir, *argv):
-    pebr.main(["--run_dir", str(run_dir), *argv])
+    pebr.main(["--run_dir", str(run_dir), "--threads", "1", *argv])
 
 
 def weights_of(folder):
