@@ -70,15 +70,14 @@ def read_json_rows(path: str) -> list[tuple[str, dict]]:
     """(where, row) of a JSON list or of JSON lines. Raises DataError if the file is neither."""
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file")
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read()
     name = os.path.basename(path)
     try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: neither a JSON list nor one JSON object a line ({error})") from None
     if not rows:
         raise DataError(f"{path}: no rows")
@@ -114,13 +113,11 @@ def image_paths(raw: dict, root: str) -> list[str]:
     return paths
 
 
-def rl_row(where: str, raw: dict, root: str, need_keywords: bool) -> Row:
+def rl_row(where: str, raw: dict, root: str) -> Row:
     """A row of the authors' RL format (see the top of this file)."""
     row = Row(where, text_field(raw, "qid"), text_field(raw, "problem"), text_field(raw, "answer"), image_paths(raw, root), raw=raw)
     if raw.get("key_words") is not None:
         row.key_words = text_list(raw, "key_words")
-    if need_keywords and not row.key_words:
-        raise DataError('field "key_words" is missing or empty: the perception reward needs reference keywords')
     if raw.get("choices"):
         row.choices = text_list(raw, "choices")
     return row
@@ -140,18 +137,37 @@ def sft_row(where: str, raw: dict, root: str) -> Row:
     return row
 
 
-def load_rows(path: str, image_root: str = "", need_keywords: bool = False) -> tuple[list[Row], list[str]]:
-    """The rows of an RL or SFT file, and what is wrong with the others ("train.json row 3: ...")."""
-    root = image_root or os.path.dirname(os.path.abspath(path))
+def default_image_root(path: str) -> str:
+    """The data file's folder; for a file that difficulty sampling wrote, that of the file it was split from."""
+    folder = os.path.dirname(os.path.abspath(path))
+    summary = Path(folder, "summary.json")
+    root = json.loads(summary.read_text()).get("image_root", "") if summary.is_file() else ""
+    return os.path.join(folder, root)
+
+
+def load_rows(path: str, image_root: str = "", need: tuple[str, ...] = ()) -> tuple[list[Row], list[str]]:
+    """The rows of an RL or SFT file, and what is wrong with the others ("train.json row 3: ...").
+
+    need: what a row must have beside its question: "answer", "key_words", "response".
+    """
+    root = image_root or default_image_root(path)
+    missing = {
+        "answer": "no answer to grade against: its response has no final answer section",
+        "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
+        "response": "an RL row; the warm-up needs sharegpt rows with messages",
+    }
     rows, problems, seen = [], [], {}
     for where, raw in read_json_rows(path):
         try:
             if not isinstance(raw, dict):
                 raise DataError("a row must be a JSON object")
-            row = sft_row(where, raw, root) if "messages" in raw else rl_row(where, raw, root, need_keywords)
+            row = sft_row(where, raw, root) if "messages" in raw else rl_row(where, raw, root)
             marks = row.problem.count(IMAGE_MARK)
             if marks and marks != len(row.images):
                 raise DataError(f"{marks} {IMAGE_MARK} marks for {len(row.images)} pictures")
+            for name in need:
+                if not getattr(row, name):
+                    raise DataError(missing[name])
             if row.qid in seen:
                 raise DataError(f"qid {row.qid} is already that of {seen[row.qid]}")
             seen[row.qid] = where
@@ -202,7 +218,7 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 def filter_warmup_rows(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
     """The paper's two warm-up filters, counted: responses that say "let me rethink it"; pictures under 28 pixels a side.
 
-    (A missing or unreadable picture, the rest of the second filter, is a bad row: named, not quietly dropped.)
+    For checked rows: a missing or unreadable picture, the rest of the second filter, is a broken row, named before. [9]
     """
     kept, dropped = [], {"rethink": 0, "small_picture": 0}
     for row in rows:
@@ -216,12 +232,9 @@ def filter_warmup_rows(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
 
 
 def picture_size(path: str) -> tuple[int, int]:
-    """(width, height) without decoding the picture; (28, 28) if unreadable, which the row check then reports."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return MIN_IMAGE_SIDE, MIN_IMAGE_SIDE
+    """(width, height), without decoding the picture"""
+    with Image.open(path) as image:
+        return image.size
 
 
 # ======================================================================================================================
@@ -361,8 +374,8 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     for split, count, kinds in (
         ("sft", toy.sft_rows, ["count"] * 9 + ["subtract"] * 9 + ["price"] * 2),
-        ("train", toy.rl_rows, ["count"] * 9 + ["subtract"] * 7 + ["price"] * 4),
-        ("test", toy.test_rows, ["count"] * 9 + ["subtract"] * 7 + ["price"] * 4),
+        ("train", toy.rl_rows, ["count"] * 8 + ["subtract"] * 6 + ["price"] * 2),
+        ("test", toy.test_rows, ["count"] * 8 + ["subtract"] * 6 + ["price"] * 2),
     ):
         rows = []
         for i in range(count):

@@ -9,24 +9,28 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
     accelerate launch pebr.py --stage evaluate      # every model of the run, one table
     accelerate launch pebr.py --stage all           # the five in a row
 
-Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir, takes
-its model and data from the stages before it, and makes those first if they are missing. The file reads in running order:
-config, policy, rollout, log-probs, advantages and loss, stage folders, warm-up, sampling, GRPO, evaluation, main.
-Rewards are in rewards.py; rows, pictures and the toy world in data.py.
+Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir and takes
+its model and data from the stages before it, which are made first if they are missing (evaluate scores what there is). The
+file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, stage folders, what the stages
+share, warm-up, sampling, GRPO, evaluation, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
 Where this departs from the paper's released code, and why:
- [1] Keywords are looked for in the image description only, as whole words. Theirs searches the whole response for
-     substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
+ [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed. Theirs searches the
+     whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
  [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
-     perception RL, and counted.
+     perception RL, and counted. A negative cosine earns 0, not less.
  [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
  [4] A description longer than CLIP's context is scored in windows of whole sentences. Theirs is cut without a word.
- [5] Sections are parsed once, in order; the last answer counts; no answer section, no accuracy. Theirs takes the first
-     match, and without one grades the whole response.
+ [5] Sections are parsed once, and the format holds only if they are all there, in order, with nothing before them; the last
+     answer counts; no answer section, no accuracy. Theirs wants four headings anywhere, takes the first answer, and without
+     one grades the whole response.
  [6] Every completion token of an update weighs the same, over all micro-batches and processes (--loss_mean token). Theirs
      averages micro-batch means, so that tokens of short responses weigh more.
  [7] Difficulty sampling resumes, and has exactly n scores per question. Theirs appends, so that a re-run leaves 16.
  [8] A group without spread has advantage exactly 0, not rounding noise divided by epsilon. It keeps its KL term.
+ [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops and counts such rows.
+[10] Sampling allows prompts of 8192 tokens: its own pixel limit (4,194,304) is up to 5,350 image tokens, more than 2048.
+[11] A prompt and its pictures go through the model once per group, in rollouts and in updates. Theirs: once per response.
 Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so rollouts come from a
 slightly narrower distribution than the one that is scored.
 """
@@ -49,7 +53,7 @@ import zlib
 
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -60,7 +64,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from data import INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages, filter_warmup_rows, load_image, load_rows
+from data import INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages, default_image_root, filter_warmup_rows
+from data import load_image, load_rows
 from rewards import STAGE_REWARDS, ClipScorer, score_parts, total_reward
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,8 +137,8 @@ class Config:
     resample_rounds: int = option(0, "replace groups without spread by new questions, at most so often (DAPO)", GRPO)
 
     clip_model: str = option("", "open_clip name/tag, hf-hub:id or local-dir:folder, or toy (default with --train_data toy)", REWARD)
-    clip_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
-    clip_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
+    cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
+    cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
 
     eval_samples: int = option(1, "sampled responses per question, beside the greedy one", EVAL)
     eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
@@ -149,26 +154,38 @@ class Config:
 
 STAGES = {  # the paper's settings where a stage departs from the defaults above
     "warmup": dict(learning_rate=1e-5, lr_schedule="cosine", lr_warmup=0.1, weight_decay=0.0, epochs=2, freeze_vision=True),
-    "sample": dict(max_pixels=4_194_304),
+    "sample": dict(max_pixels=4_194_304, max_prompt_length=8192),  # [10]
     "perception": dict(rollout_batch_size=560, update_batch_size=112),
     "reasoning": dict(epochs=2),
     "evaluate": dict(),
 }
 TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=256, max_prompt_length=64,
-             max_new_tokens=128, prompt_file="toy", clip_hi=0.9, eval_samples=4, eval_temperature=1.0),
-    "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=600, freeze_vision=False),
+             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0),
+    "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=800, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
-    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=45),
+    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=70),
 }  # fmt: skip
-SETTINGS = {  # what must not change between the start and the end of a stage
-    "warmup": (DATA, TRAIN), "sample": (DATA, ROLLOUT), "perception": (DATA, TRAIN, ROLLOUT, GRPO, REWARD),
-    "reasoning": (DATA, TRAIN, ROLLOUT, GRPO), "evaluate": (DATA, ROLLOUT, REWARD, EVAL),
+TOY_PATHS = {  # what "toy" stands for in these fields
+    "model": "{}/model", "train_data": "{}/train.json", "sft_data": "{}/sft.json", "test_data": "{}/test.json",
+    "clip_model": "local-dir:{}/clip", "prompt_file": "{}/prompt.txt",
 }  # fmt: skip
-
-
+ALWAYS = "seed image_root min_pixels max_pixels max_prompt_length skip_bad_rows trust_remote_code mixed_precision engine"
+SAMPLING = ALWAYS + " group_size temperature top_p max_new_tokens"
+TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs max_steps freeze_vision"
+GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(f.name for f in fields(Config) if f.metadata["group"] == GRPO)
+SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
+    "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
+    "sample": SAMPLING,
+    "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi",
+    "reasoning": SAMPLING + TRAINING + GRPO_ONLY,
+    "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature",
+}
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
+
+
+DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class ConfigError(ValueError):
@@ -183,12 +200,11 @@ def parse_flags(argv: list[str]) -> dict:
         "Stages that have to be made first get the flags too, except the group 'training'.",
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
-    groups = {}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Config))}
     for f in fields(Config):
-        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
         text = f"{f.metadata['help']} [{f.default}]" if f.default != "" else f.metadata["help"]
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-        group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
+        groups[f.metadata["group"]].add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
 
@@ -201,10 +217,7 @@ def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
     cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
     toy_data = {name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"}
     cfg = replace(cfg, stage=stage, **toy_data)
-    toy = Path(cfg.run_dir, "toy")
-    paths = dict(model=toy / "model", train_data=toy / "train.json", sft_data=toy / "sft.json", test_data=toy / "test.json",
-                 clip_model=f"local-dir:{toy / 'clip'}", prompt_file=toy / "prompt.txt")  # fmt: skip
-    return replace(cfg, **{name: str(path) for name, path in paths.items() if getattr(cfg, name) == "toy"})
+    return replace(cfg, **{name: path.format(Path(cfg.run_dir, "toy")) for name, path in TOY_PATHS.items() if getattr(cfg, name) == "toy"})
 
 
 def check_config(cfg: Config, num_processes: int) -> None:
@@ -225,9 +238,10 @@ def check_config(cfg: Config, num_processes: int) -> None:
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
     need(not cfg.log_with or cfg.log_with in trackers, f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}")
     need(cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more")
+    need(cfg.clip_dual == 0 or cfg.clip_dual > 1, f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient")
     need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
     need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
-    need(cfg.clip_lo < cfg.clip_hi, f"--clip_lo {cfg.clip_lo} must be less than --clip_hi {cfg.clip_hi}")
+    need(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo} must be less than --cosine_hi {cfg.cosine_hi}")
     if cfg.stage in STAGE_REWARDS:
         need(cfg.rollout_batch_size % cfg.update_batch_size == 0,
              f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --update_batch_size {cfg.update_batch_size}")  # fmt: skip
@@ -237,8 +251,8 @@ def check_config(cfg: Config, num_processes: int) -> None:
          f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
     for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
         need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
-    if cfg.stage in ("perception", "evaluate"):
-        need(cfg.clip_model, f"--stage {cfg.stage} needs --clip_model, for example ViT-L-14-336/openai or local-dir:my_clip_folder")
+    need(cfg.stage != "perception" or cfg.clip_model,
+         "--stage perception needs --clip_model, for example ViT-L-14-336/openai or local-dir:my_clip_folder")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,7 +277,8 @@ class Policy(torch.nn.Module):
         self.model, self.processor, self.fast = model, processor, fast
         tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
-        self.end_ids = ends if isinstance(ends, list) else [ends]  # every one of them ends a response
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_ids = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))  # every one of them ends a response
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Image, video and vision marks are never sampled: without a picture behind it, one crashes the training forward.
         names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -326,19 +341,28 @@ def save_policy(policy: Policy, accelerator: Accelerator, model, folder: Path) -
 def freeze_vision(model: torch.nn.Module) -> None:
     """Freeze the vision tower and the projector, by the names that transformers gives them."""
     parts = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")
-    frozen = [p.requires_grad_(False) for name, p in model.named_parameters() if any(part in name for part in parts)]
+    frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
     if not frozen:
         raise ConfigError(f"--freeze_vision: found none of {', '.join(parts)} in {type(model).__name__}; use --no-freeze_vision")
+    for p in frozen:
+        p.requires_grad_(False)
 
 
 def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Prompt:
-    """Open the row's pictures, render the chat template, run the processor. Raises DataError for a prompt that is too long."""
+    """Open the row's pictures, render the chat template, run the processor.
+
+    Raises DataError for a picture that the processor refuses and for a prompt that is too long (RL rows; the warm-up limits
+    prompt and response together).
+    """
     images = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
     text = policy.processor.apply_chat_template(chat_messages(row, instruction), tokenize=False, add_generation_prompt=True)
     # The template has written the special tokens already; the tokenizer must not add a second set.
-    inputs = policy.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
+    try:
+        inputs = policy.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
+    except ValueError as error:
+        raise DataError(f"the processor refuses it ({error})") from None
     length = inputs["input_ids"].shape[1]
-    if length > cfg.max_prompt_length:
+    if not row.response and length > cfg.max_prompt_length:
         raise DataError(f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels")
     return Prompt(row, images, dict(inputs))
 
@@ -477,7 +501,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float, banned
 
 def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
     try:
-        return ClipScorer(cfg.clip_model, accelerator.device, cfg.clip_lo, cfg.clip_hi)
+        return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(f"--clip_model {cfg.clip_model}: {error}") from None
 
@@ -583,16 +607,23 @@ def rollout_logprobs(model, rollouts: list[Rollout], cfg: Config, accelerator) -
 # Advantages and loss
 
 
+def is_tied(rewards: torch.Tensor) -> torch.Tensor:
+    """rewards (P, G) -> (P,): groups without spread. A spread of float noise is none."""
+    return rewards.amax(dim=1) - rewards.amin(dim=1) <= 1e-6
+
+
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, divide_by_std: bool = True) -> torch.Tensor:
-    """rewards (P, G) -> advantages (P, G): (r - mean) / (std + eps) within the group, unbiased std. [8]"""
+    """rewards (P, G) -> advantages (P, G): (r - mean) / (std + eps) within the group, unbiased std.
+
+    GRPO, arXiv 2402.03300, section 4.1.2 (outcome supervision); exactly 0 for a group without spread [8].
+    """
     centered = rewards - rewards.mean(dim=1, keepdim=True)
-    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (P, 1)
     advantages = centered / (rewards.std(dim=1, keepdim=True) + eps) if divide_by_std else centered
-    return torch.where(spread > 1e-6, advantages, 0.0)  # rounding noise is no signal
+    return torch.where(is_tied(rewards)[:, None], 0.0, advantages)
 
 
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy ("low_var_kl")."""
+    """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4 ("low_var_kl")."""
     d = ref_logprobs - logprobs
     return d.exp() - d - 1
 
@@ -610,11 +641,11 @@ def token_weights(mask: torch.Tensor, loss_mean: str, totals: dict, max_new_toke
     return mask / (totals["sequences"] * max_new_tokens)
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, cfg: Config):
-    """Clipped surrogate with dual clip, plus k3 KL: a weighted sum over this micro-batch's tokens.
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, num_tokens, cfg: Config):
+    """Clipped surrogate with dual clip, plus k3 KL (GRPO, eq. 3): a weighted sum over this micro-batch's tokens.
 
-    logprobs, old_logprobs, ref_logprobs (or None), mask, weights: (B, C); advantages: (B,). Weights add up to 1 over the
-    update, so losses and metrics of micro-batches and processes add up to means. Returns (loss, metrics).
+    logprobs, old_logprobs, ref_logprobs (or None), mask, weights: (B, C); advantages: (B,); num_tokens: of the whole update.
+    Returns (loss, metrics): both add up over micro-batches and processes, metrics to means over tokens.
     """
     log_ratio = logprobs - old_logprobs
     if cfg.ratio == "sequence":  # GSPO: the geometric mean over the response, the same for each of its tokens
@@ -626,33 +657,41 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, c
     dual = (adv < 0) & (ratio > cfg.clip_dual) if cfg.clip_dual else torch.zeros_like(ratio, dtype=torch.bool)
     surrogate = torch.where(dual, cfg.clip_dual * adv, surrogate)  # a huge ratio cannot make the loss huge
     loss = -(surrogate * weights).sum()
+    share = lambda tokens: (tokens * mask).sum() / num_tokens
     metrics = {
-        "clipped_low": (((ratio < 1 - cfg.clip_low) & (adv < 0)) * weights).sum(),
-        "clipped_high": (((ratio > 1 + cfg.clip_high) & (adv > 0)) * weights).sum(),
-        "clipped_dual": (dual * weights).sum(),
+        "clipped_low": share((ratio < 1 - cfg.clip_low) & (adv < 0)),
+        "clipped_high": share((ratio > 1 + cfg.clip_high) & (adv > 0)),
+        "clipped_dual": share(dual),
     }
     if ref_logprobs is not None:
-        kl = (k3_kl(logprobs, ref_logprobs) * weights).sum()
-        loss = loss + cfg.kl_coef * kl
-        metrics["kl"] = kl
+        kl = k3_kl(logprobs, ref_logprobs)
+        loss = loss + cfg.kl_coef * (kl * weights).sum()
+        metrics["kl"] = share(kl)
     return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
 
 
-def optimizer_step(accelerator, model, optimizer, cfg: Config, micro_batches: list, loss_of) -> dict[str, float]:
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, loss_of) -> dict[str, float]:
     """One update: gradients of all micro-batches and processes, clipped; a non-finite norm skips it. Returns summed metrics.
 
-    loss_of(micro_batch) -> (loss, metrics), already divided by the counts of the whole update. DDP averages gradients over
+    loss_of(micro-batch) -> (loss, metrics), already divided by the counts of the whole update. DDP averages gradients over
     processes, hence the factor. Every process must come with the same number of micro-batches.
     """
-    sums = {}
-    for i, micro_batch in enumerate(micro_batches):
-        with nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(model):  # the forward belongs inside, too
+    sums, trained = {}, [p for p in model.parameters() if p.requires_grad]
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):  # the forward belongs inside, too
             with accelerator.autocast():
-                loss, metrics = loss_of(micro_batch)
+                loss, metrics = loss_of(batch)
+            if last and accelerator.distributed_type in DDP:  # a batch without pictures must not leave DDP waiting for the
+                loss = loss + 0.0 * sum(p.sum() for p in trained)  # vision tower's gradient
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.float()
-    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip)
+    norm = accelerator.clip_grad_norm_(trained, cfg.grad_clip)
     finite = bool(torch.isfinite(norm))
     if finite:
         optimizer.step()
@@ -688,11 +727,13 @@ def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
 
 
 def fingerprint(path: str) -> str:
-    """Of a stage's folder: the moment it was finished. Of a data file: its content. Of anything else: its name."""
+    """Of a stage's folder: the moment it was finished. Of a file: its content. Of anything else: its name."""
     if os.path.isfile(path):
         return hashlib.sha1(Path(path).read_bytes()).hexdigest()
     stage = Path(path, "stage.json")
-    return json.loads(stage.read_text())["finished"] if stage.is_file() else str(path)
+    if stage.is_file():
+        return json.loads(stage.read_text())["finished"]
+    return os.path.realpath(path) if os.path.isdir(path) else path
 
 
 def is_finished(folder: Path) -> bool:
@@ -709,33 +750,33 @@ def write_json(path: Path, value) -> None:
 def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, accelerator: Accelerator) -> bool:
     """Make or find the stage's folder. True: run it (from its start or its checkpoint); False: it is finished.
 
-    Raises ConfigError if the folder was made with other settings or from other inputs. Of a finished stage nobody asked
-    for, only the model and the data have to agree.
+    Raises ConfigError if the folder was made from other inputs, or (unless it is finished and nobody asked for it) with
+    other settings.
     """
-    group = {f.name: f.metadata["group"] for f in fields(Config)}
-    relevant = [name for name in asdict(cfg) if group[name] in SETTINGS[cfg.stage] or name == "seed"]
-    settings = {name: getattr(cfg, name) for name in relevant}
-    inputs = {name: fingerprint(path) for name, path in inputs.items()}
+    settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
+    inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
     run, record = True, folder / "stage.json"
     if accelerator.is_main_process and cfg.overwrite and asked and record.is_file():
         shutil.rmtree(folder)
     accelerator.wait_for_everyone()
     if record.is_file():
         old = json.loads(record.read_text())
-        names = relevant if asked or not old["finished"] else [n for n in relevant if group[n] == DATA]
-        changed = [f"{n} was {old['settings'].get(n)!r}, now {settings[n]!r}" for n in names if old["settings"].get(n) != settings[n]]
-        changed += [f"its {n} has changed since" for n in inputs if old["inputs"].get(n) != inputs[n]]
-        if changed:
-            raise ConfigError(f"{folder} was made with other settings:\n  " + "\n  ".join(changed)
-                              + f"\nUse another --run_dir, or redo it with --stage {cfg.stage} --overwrite.")  # fmt: skip
         run = not old["finished"]
+        changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
+        if asked or run:
+            changed += [f"{n} was {old['settings'].get(n)!r}, now {v!r}" for n, v in settings.items() if old["settings"].get(n) != v]
+        if changed:
+            raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
+                              + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
     accelerator.wait_for_everyone()
     if run and accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs})
+        write_json(record, {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
+                            "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
         write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
     accelerator.wait_for_everyone()
-    accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
+    if run or asked:
+        accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
     return run
 
 
@@ -743,7 +784,8 @@ def finish_stage(folder: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(folder / "stage.json", {**json.loads((folder / "stage.json").read_text()), "finished": str(time.time_ns())})
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        for checkpoint in checkpoints(folder):
+            shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -754,38 +796,51 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(path)
+
+
 def append_jsonl(path: Path, records: list[dict]) -> None:
     with open(path, "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole ones, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
 def save_checkpoint(folder: Path, step: int, accelerator: Accelerator) -> None:
-    """Model and optimizer after `step` steps. Random states need no saving: each step seeds itself."""
-    temporary, final = folder / "checkpoint.tmp", folder / "checkpoint"
-    accelerator.save_state(str(temporary))
+    """Model and optimizer after `step` steps; only once it is whole, the one before goes. Random states need no restoring:
+    each rollout step seeds itself, and the warm-up draws nothing but its seeded shuffles."""
+    accelerator.save_state(str(folder / "writing"))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(temporary / "step.json", step)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        old = checkpoints(folder)
+        (folder / "writing").rename(folder / f"checkpoint-{step}")
+        for checkpoint in old:
+            shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
     """Steps already done (0 without a checkpoint). Log lines that are newer than the checkpoint are taken back."""
-    record = folder / "checkpoint" / "step.json"
-    step = json.loads(record.read_text()) if record.is_file() else 0
+    newest = checkpoints(folder)[-1:]
+    step = int(newest[0].name.split("-")[1]) if newest else 0
     if step:
-        accelerator.load_state(str(folder / "checkpoint"))
+        accelerator.load_state(str(newest[0]))
         accelerator.print(f"resuming after step {step}")
     if accelerator.is_main_process:
         for name in ("metrics.jsonl", "samples.jsonl", "timing.jsonl"):
-            kept = [record for record in read_jsonl(folder / name) if record["step"] <= step]
-            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_jsonl(folder / name, [record for record in read_jsonl(folder / name) if record["step"] <= step])
     accelerator.wait_for_everyone()
     return step
 
 
-def seed_step(cfg: Config, stage: str, step: int, process: int = 0) -> None:
+def seed_step(cfg: Config, stage: str, step: int, process: int) -> None:
     """Every step seeds itself, so that a resumed run samples what the uninterrupted one would have."""
     torch.manual_seed(zlib.crc32(f"{cfg.seed} {stage} {step} {process}".encode()))
 
@@ -794,26 +849,19 @@ def seed_step(cfg: Config, stage: str, step: int, process: int = 0) -> None:
 # What the stages share: checked rows, a shuffled stream of them, log lines
 
 
-def default_image_root(path: str) -> str:
-    """The data file's folder; for a file that difficulty sampling wrote, that of the file it was split from."""
-    folder = os.path.dirname(os.path.abspath(path))
-    summary = Path(folder, "summary.json")
-    root = json.loads(summary.read_text()).get("image_root", "") if summary.is_file() else ""
-    return os.path.join(folder, root)
-
-
 def read_instruction(cfg: Config) -> str:
     if not cfg.prompt_file:
         return INSTRUCTION
-    if not os.path.isfile(cfg.prompt_file) or "{question}" not in (text := Path(cfg.prompt_file).read_text()):
+    text = Path(cfg.prompt_file).read_text() if os.path.isfile(cfg.prompt_file) else ""
+    if "{question}" not in text:
         raise ConfigError(f"--prompt_file {cfg.prompt_file}: no such file, or it lacks the mark {{question}}")
     return text
 
 
-def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need_keywords=False) -> list[Row]:
-    """Rows of a data file, each one encoded once the way training will. Broken rows stop the run with the whole list, or
-    are dropped and counted with --skip_bad_rows."""
-    rows, problems = load_rows(path, cfg.image_root or default_image_root(path), need_keywords)
+def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
+    """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
+    stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
+    rows, problems = load_rows(path, cfg.image_root, need)
     instruction, mine = read_instruction(cfg), []
     share = range(accelerator.process_index, len(rows), accelerator.num_processes)
     for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
@@ -838,8 +886,8 @@ def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need_keywo
     return good
 
 
-def shuffled_batch(rows: list, step: int, batch_size: int, seed: int) -> list:
-    """Batch number `step` of an endless stream of shuffled epochs. The last batch of a run reaches into one more epoch."""
+def shuffled_batch(rows: list, step: int, batch_size: int, seed) -> list:
+    """Batch number `step` of an endless stream of shuffled epochs. The last batch of a run reaches into further epochs."""
     batch = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(position, len(rows))
@@ -865,17 +913,17 @@ def micro_batches(items: list, cfg: Config) -> list[list]:
 
 def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, seconds: dict, bar: tqdm, accelerator, shown: list[str]) -> None:
     """metrics.jsonl (the same on every run with one seed), timing.jsonl (not so), a line on the screen, trackers."""
-    metrics = {name: round(value, 6) for name, value in metrics.items()}
+    metrics = {name: float(f"{value:.6g}") if math.isfinite(value) else str(value) for name, value in metrics.items()}
     peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     timing = {**{name: round(value, 3) for name, value in seconds.items()}, "peak_gib": round(peak / 2**30, 2)}
-    accelerator.log({f"{cfg.stage}/{name}": value for name, value in {**metrics, **timing}.items()}, step=step)
+    accelerator.log({**metrics, **timing}, step=step)
     if accelerator.is_main_process:
         append_jsonl(folder / "metrics.jsonl", [{"step": step, **metrics}])
         append_jsonl(folder / "timing.jsonl", [{"step": step, **timing}])
-        line = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown if name in metrics)
+        line = "  ".join(f"{name} {float(metrics[name]):.3g}" for name in dict.fromkeys(shown) if name in metrics)
         if cfg.stage != "warmup" or (cfg.print_every and step % cfg.print_every == 0):  # warm-up steps are many and short
             bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds[n] for n in seconds if not n.endswith('per_s')):.1f} s")
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "reward", "accuracy") if name in metrics})
+        bar.set_postfix({name: f"{float(metrics[name]):.3f}" for name in ("loss", "reward", "accuracy") if name in metrics})
     bar.update()
 
 
@@ -886,9 +934,7 @@ def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, se
 def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator)
-    if any(not row.response for row in rows):
-        raise DataError(f"{data_path}: the warm-up needs sharegpt rows (messages), these are RL rows without a response")
+    rows = checked_rows(data_path, cfg, policy, accelerator, need=("response",))
     rows, dropped = filter_warmup_rows(rows)
     accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}")
     if not rows:
@@ -930,13 +976,13 @@ def answer_questions(policy: Policy, rows: list[Row], n: int, temperature: float
 
     Questions go through in fixed chunks with a seed each, so that an interrupted run gives the lines of a whole one.
     """
-    records = [read_jsonl(path)] if accelerator.is_main_process else [None]
-    broadcast_object_list(records)
-    done = {record["qid"]: record for record in records[0]}
-    if accelerator.is_main_process and path.is_file():
-        path.write_text("".join(json.dumps(record) + "\n" for record in done.values()))  # without a torn last line
+    earlier = [read_jsonl(path)] if accelerator.is_main_process else [None]
+    broadcast_object_list(earlier)
+    done = {record["qid"]: record for record in earlier[0]}
+    if accelerator.is_main_process and done:
+        write_jsonl(path, list(done.values()))  # without a torn last line
     instruction, width = read_instruction(cfg), max(1, cfg.generate_batch_size // n) * accelerator.num_processes
-    bar = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process)
+    bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
     for start in range(0, len(rows), width):
         chunk = rows[start : start + width]
         if any(row.qid not in done for row in chunk):
@@ -955,7 +1001,8 @@ def answer_questions(policy: Policy, rows: list[Row], n: int, temperature: float
             if accelerator.is_main_process:
                 append_jsonl(path, new)
         bar.update(len(chunk))
-        bar.set_postfix(accuracy=f"{sum(sum(d['scores']) for d in done.values()) / sum(len(d['scores']) for d in done.values()):.3f}")
+        right += sum(sum(done[row.qid]["scores"]) for row in chunk)
+        bar.set_postfix(accuracy=f"{right / n / (start + len(chunk)):.3f}")
     bar.close()
     return [done[row.qid] for row in rows]
 
@@ -979,10 +1026,8 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     teaches reasoning nothing; a question that is always answered right is safe to describe.
     """
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, need_keywords=True)
-    for row in rows:
-        if not row.answer:
-            raise DataError(f"{row.where}: no answer to grade against (its response has no final answer section)")
+    need = ("answer",) if folder.name == "sample_base" else ("answer", "key_words")  # warm-up rows have no keywords
+    rows = checked_rows(data_path, cfg, policy, accelerator, need)
     policy.to(accelerator.device)
     records = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator)
     split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
@@ -993,7 +1038,7 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
         "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
         "truncated": round(sum(sum(record["truncated"]) for record in records) / len(records) / cfg.group_size, 4),
-        "image_root": os.path.relpath(cfg.image_root or default_image_root(data_path), folder),  # of the three files
+        "image_root": os.path.relpath(os.path.abspath(cfg.image_root or default_image_root(data_path)), os.path.abspath(folder)),  # of the three files
     }
     if accelerator.is_main_process:
         for name, part in split.items():
@@ -1006,9 +1051,12 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 # GRPO: perception RL and reasoning RL are this loop with another reward and other questions
 
 
-def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, clip, weights: dict, accelerator) -> tuple[list[Rollout], dict]:
-    """Rollouts, rewards and advantages for this process's questions. Returns them, whole groups in order, and seconds."""
-    G, instruction, groups = cfg.group_size, read_instruction(cfg), []
+def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, clip, reward_weights: dict, accelerator):
+    """Rollouts, rewards and advantages for this process's questions; `spare` questions replace groups without spread.
+
+    Returns (rollouts, whole groups in order; number of groups replaced; seconds).
+    """
+    G, instruction, groups, replaced = cfg.group_size, read_instruction(cfg), [], 0
     seconds = {"rollout_s": 0.0, "reward_s": 0.0}
     for attempt in range(cfg.resample_rounds + 1):
         clock = time.perf_counter()
@@ -1018,18 +1066,22 @@ def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, cli
         score_rollouts(rollouts, clip)
         seconds["reward_s"] += time.perf_counter() - clock
         for rollout in rollouts:
-            rollout.reward = total_reward(rollout.parts, weights)
+            rollout.reward = total_reward(rollout.parts, reward_weights)
         groups += [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
-        tied = [i for i, group in enumerate(groups) if max(r.reward for r in group) - min(r.reward for r in group) <= 1e-6]
-        if attempt == cfg.resample_rounds or not tied or not spare:
-            break
+        tied = is_tied(torch.tensor([[r.reward for r in group] for group in groups])).nonzero()[:, 0].tolist()
         rows, spare = spare[: len(tied)], spare[len(tied) :]
+        if attempt == cfg.resample_rounds or not rows:
+            break
         groups = [group for i, group in enumerate(groups) if i not in tied[: len(rows)]]  # their places go to the new questions
+        replaced += len(rows)
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
     for group, advantages in zip(groups, group_advantages(rewards, cfg.advantage_eps, cfg.advantage_std).tolist()):
         for rollout, advantage in zip(group, advantages):
             rollout.advantage = advantage
-    return [r for group in groups for r in group], seconds
+    return [r for group in groups for r in group], replaced, seconds
+
+
+UPDATE_METRICS = ("loss", "kl", "entropy", "clipped_low", "clipped_high", "clipped_dual", "grad_norm", "skipped_updates", "masked_updates")
 
 
 def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accelerator, off_policy: bool) -> dict[str, float]:
@@ -1040,7 +1092,7 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
     counts = torch.tensor([sum(len(r.tokens) for r in rollouts if trains(r)), sum(trains(r) for r in rollouts)], device=device)
     tokens, sequences = accelerator.reduce(counts, "sum").tolist()
     if tokens == 0:  # the whole update is truncated and masked: nothing to learn, and weight decay alone must not act
-        return {"masked_updates": 1.0}
+        return dict.fromkeys(UPDATE_METRICS, 0.0) | {"masked_updates": 1.0}
     totals = {"tokens": tokens, "sequences": sequences}
 
     def padded(rows: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -1055,29 +1107,32 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
         ref = padded([r.ref_logprobs for r in batch], logprobs) if cfg.kl_coef else None
         mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
         weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
-        loss, metrics = grpo_loss(logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, cfg)
+        loss, metrics = grpo_loss(logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, tokens, cfg)
         return loss, {**metrics, "entropy": (entropy * mask).sum() / tokens}
 
-    return optimizer_step(accelerator, model, optimizer, cfg, micro_batches(rollouts, cfg), loss_of)
+    metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(rollouts, cfg), loss_of)
+    return dict.fromkeys(UPDATE_METRICS, 0.0) | metrics
 
 
 def rollout_metrics(rollouts: list[Rollout], cfg: Config, accelerator) -> dict[str, float]:
     """Means over all processes: reward and its parts, their spread within groups, groups without spread, lengths."""
     mine = [{"reward": r.reward, **r.parts, "length_tokens": len(r.tokens), "truncated": float(r.truncated)} for r in rollouts]
     everyone = gather_object(mine)
-    metrics = {name: sum(m[name] for m in everyone) / len(everyone) for name in everyone[0]}
-    rewards = torch.tensor([m["reward"] for m in everyone]).view(-1, cfg.group_size)  # (P, G)
-    metrics["reward_std"] = float(rewards.std(dim=1).mean())
-    metrics["tied_groups"] = float((rewards.amax(1) - rewards.amin(1) <= 1e-6).float().mean())
-    return metrics
+    metrics = {}
+    for name in sorted({name for record in everyone for name in record}):
+        values = [record[name] for record in everyone if name in record]  # a part that does not apply to a row is not there
+        metrics[name] = sum(values) / len(values)
+    rewards = torch.tensor([record["reward"] for record in everyone]).view(-1, cfg.group_size)  # (P, G)
+    return {**metrics, "reward_std": float(rewards.std(dim=1).mean()), "tied_groups": float(is_tied(rewards).float().mean())}
 
 
 def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """GRPO (arXiv 2402.03300) with the stage's reward. Writes a model folder, metrics.jsonl and samples.jsonl."""
-    weights = STAGE_REWARDS[cfg.stage]
+    reward_weights = STAGE_REWARDS[cfg.stage]
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, need_keywords="keyword" in weights)
-    if "clip" in weights:
+    need = ("answer", "key_words") if "keyword" in reward_weights else ("answer",)
+    rows = checked_rows(data_path, cfg, policy, accelerator, need)
+    if "clip" in reward_weights:
         blind = sum(not row.images for row in rows)
         rows = [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
@@ -1088,16 +1143,19 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     if cfg.kl_coef:  # the stage's start model, frozen
         reference = load_policy(model_path, cfg).eval().requires_grad_(False)
         reference.to(accelerator.device, torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32)
-    clip = load_clip(cfg, accelerator) if "clip" in weights else None
+    clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
     for step in range(start + 1, total + 1):
         seed_step(cfg, cfg.stage, step, accelerator.process_index)
         batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
-        spare = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, cfg.seed + 1), accelerator)
-        rollouts, seconds = collect_rollouts(policy, batch, spare, cfg, clip, weights, accelerator)
+        spare = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, f"{cfg.seed} spare"), accelerator)
+        spare = [row for row in spare if row not in batch]
+        rollouts, replaced, seconds = collect_rollouts(policy, batch, spare, cfg, clip, reward_weights, accelerator)
         metrics = rollout_metrics(rollouts, cfg, accelerator)
+        if cfg.resample_rounds:
+            metrics["resampled_groups"] = sum(gather_object([replaced])) / cfg.rollout_batch_size
         clock = time.perf_counter()
         per_update = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
         if cfg.kl_coef:
@@ -1109,9 +1167,8 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         lr = set_learning_rate(optimizer, cfg, step - 1, total)
         updates = [update_policy(rollouts[i : i + per_update], model, optimizer, cfg, accelerator, off_policy=i > 0)
                    for i in range(0, len(rollouts), per_update)]  # fmt: skip
-        for name in sorted({name for update in updates for name in update}):
-            values = [update[name] for update in updates if name in update]
-            metrics[name] = sum(values) if name.endswith("_updates") else sum(values) / len(values)
+        for name in UPDATE_METRICS:
+            metrics[name] = sum(update[name] for update in updates) / (1 if name.endswith("_updates") else len(updates))
         if clip:
             metrics["clip_cut_texts"], clip.cut_texts = sum(gather_object([clip.cut_texts])), 0
         seconds["update_s"] = time.perf_counter() - clock
@@ -1119,7 +1176,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         seconds |= {f"{name}_tokens_per_s": tokens / seconds[f"{name}_s"] for name in ("rollout", "update")}
         report_rollouts(folder, cfg, step, rollouts, bar, accelerator)
         log_step(folder, cfg, step, total, {**metrics, "learning_rate": lr}, seconds, bar, accelerator,
-                 ["reward", *weights, "accuracy", "keyword", "kl", "entropy", "tied_groups", "length_tokens", "truncated", "grad_norm"])  # fmt: skip
+                 ["reward", *reward_weights, "accuracy", "keyword", "kl", "entropy", "tied_groups", "length_tokens", "truncated", "grad_norm"])  # fmt: skip
         if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
             save_checkpoint(folder, step, accelerator)
     bar.close()
@@ -1146,11 +1203,14 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
 # Evaluation
 
 
+COLUMNS = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
+
+
 def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Answer held-out questions greedily and sampled; write predictions and scores.json."""
     policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator)
-    clip = load_clip(cfg, accelerator)
+    rows = checked_rows(data_path, cfg, policy, accelerator, need=("answer",))
+    clip = load_clip(cfg, accelerator) if cfg.clip_model else None
     policy.to(accelerator.device)
     scores = {}
     for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
@@ -1158,21 +1218,22 @@ def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, acceler
         flat = [{**parts, "tokens": tokens, "truncated": float(truncated)} for record in records
                 for parts, tokens, truncated in zip(record["parts"], record["tokens"], record["truncated"])]  # fmt: skip
         scores[mode] = {"questions": len(rows), "responses_each": n, "temperature": temperature}
-        for name in ("accuracy", "keyword", "clip", "format", "tokens", "truncated"):
+        for name in COLUMNS:
             values = [record[name] for record in flat if name in record]  # rows without keywords or pictures have no such part
             scores[mode][name] = round(sum(values) / len(values), 4) if values else None
+    if clip and (cut := sum(gather_object([clip.cut_texts]))):
+        accelerator.print(f"{cut} sentences were longer than CLIP's text window; it saw the beginning of them")
     if accelerator.is_main_process:
         write_json(folder / "scores.json", scores)
 
 
 def evaluation_table(folders: dict[str, Path]) -> str:
     """One table over all evaluated models."""
-    columns = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
-    lines = [f"{'model':<12}{'decoding':<10}" + "".join(f"{name:>11}" for name in columns)]
+    lines = [f"{'model':<12}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS)]
     for mode in ("greedy", "sampled"):
         for name, folder in folders.items():
             scores = json.loads((folder / "scores.json").read_text())[mode]
-            cells = [f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in columns]
+            cells = [f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in COLUMNS]
             lines.append(f"{name:<12}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells))
     scores = json.loads((next(iter(folders.values())) / "scores.json").read_text())["sampled"]
     return "\n".join(lines + [f"{scores['questions']} questions; sampled: {scores['responses_each']} responses each, T = {scores['temperature']}"])
@@ -1182,57 +1243,68 @@ def evaluation_table(folders: dict[str, Path]) -> str:
 # Main: which stages have to run, and from what
 
 
-def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) -> None:
-    """Run one stage, after those it needs that are not finished yet."""
+def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) -> str:
+    """Run one stage, after those it needs. Returns its folder.
+
+    A stage that is finished is not run again; if nobody asked for it, it keeps the start and the data it was made with.
+    """
     cfg = resolve(stage, flags, asked)
-    check_config(cfg, accelerator.num_processes)
-    run_dir = Path(cfg.run_dir)
+    folder = Path(cfg.run_dir, stage)
+    if not is_finished(folder):
+        check_config(cfg, accelerator.num_processes)
     if stage == "evaluate":
-        return run_evaluation(cfg, run_dir, accelerator)
-
-    def made(needed: str) -> str:
-        if not is_finished(run_dir / needed):
-            run_stage(needed, flags, False, accelerator)
-        return str(run_dir / needed)
-
-    work = {"warmup": warmup, "sample": sample, "perception": train_grpo, "reasoning": train_grpo}[stage]
+        return run_evaluation(cfg, folder, accelerator)
+    if not asked and (folder / "stage.json").is_file():
+        cfg = replace(cfg, **json.loads((folder / "stage.json").read_text())["from"])
+    made = lambda needed: run_stage(needed, flags, False, accelerator)
     if stage == "warmup":
         model, data = cfg.from_model or cfg.model, cfg.from_data or cfg.sft_data
-        if cfg.warmup_cases == "hard":  # the paper's overview figure: hard cases of the base model feed the warm-up
-            base = resolve("sample", flags, False)
-            if begin_stage(run_dir / "sample_base", base, {"data": data}, False, accelerator):
-                sample(base, model, data, run_dir / "sample_base", accelerator)
-                finish_stage(run_dir / "sample_base", accelerator)
-            data = str(run_dir / "sample_base" / "hard.json")
+        if cfg.warmup_cases == "hard":
+            data = hard_cases(resolve("sample", flags, False), model, data, asked, accelerator)
     elif stage == "sample":
         model, data = cfg.from_model or made("warmup"), cfg.from_data or cfg.train_data
     elif stage == "perception":
         model, data = cfg.from_model or made("warmup"), cfg.from_data or made("sample") + "/easy.json"
     else:
         model, data = cfg.from_model or made("perception"), cfg.from_data or made("sample") + "/medium.json"
-    folder = run_dir / stage
-    if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
+    work = {"warmup": warmup, "sample": sample, "perception": train_grpo, "reasoning": train_grpo}[stage]
+    if begin_stage(folder, cfg, {"model": model, "data": data, "instruction": cfg.prompt_file}, asked, accelerator):
+        if cfg.log_with:
+            accelerator.init_trackers(f"pebr_{stage}", config=asdict(cfg))
         clock = time.perf_counter()
         work(cfg, model, data, folder, accelerator)
         finish_stage(folder, accelerator)
         accelerator.print(f"{folder}: done in {time.perf_counter() - clock:.0f} s")
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    return str(folder)
 
 
-def run_evaluation(cfg: Config, run_dir: Path, accelerator: Accelerator) -> None:
-    """Score every model that the run folder has, each once."""
-    models = {"base": cfg.model, **{stage: str(run_dir / stage) for stage in ("warmup", "perception", "reasoning") if is_finished(run_dir / stage)}}
+def hard_cases(cfg: Config, model: str, data: str, asked: bool, accelerator: Accelerator) -> str:
+    """Warm-up rows that the base model gets wrong every time (the paper's overview figure), by sampling it on them first."""
+    folder = Path(cfg.run_dir, "sample_base")
+    if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
+        sample(cfg, model, data, folder, accelerator)
+        finish_stage(folder, accelerator)
+    return str(folder / "hard.json")
+
+
+def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
+    """Score the base model and every model that the run folder has, or --from_model alone; each once."""
+    stages = [stage for stage in ("warmup", "perception", "reasoning") if is_finished(Path(cfg.run_dir, stage))]
+    models = {"base": cfg.model, **{stage: str(Path(cfg.run_dir, stage)) for stage in stages}}
     if cfg.from_model:
-        models = {os.path.basename(os.path.normpath(cfg.from_model)): cfg.from_model}
-    folders = {name: run_dir / "evaluate" / name for name in models}
+        models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
     data = cfg.from_data or cfg.test_data
     for name, model in models.items():
-        if begin_stage(folders[name], cfg, {"model": model, "data": data}, True, accelerator):
-            evaluate(cfg, model, data, folders[name], accelerator)
-            finish_stage(folders[name], accelerator)
-    table = evaluation_table(folders)
-    if accelerator.is_main_process:
-        (run_dir / "evaluate" / "table.txt").write_text(table + "\n")
+        if begin_stage(folder / name, cfg, {"model": model, "data": data, "instruction": cfg.prompt_file}, True, accelerator):
+            evaluate(cfg, model, data, folder / name, accelerator)
+            finish_stage(folder / name, accelerator)
+    table = evaluation_table({name: folder / name for name in models})
+    if accelerator.is_main_process and not cfg.from_model:
+        (folder / "table.txt").write_text(table + "\n")
     accelerator.print("\n" + table)
+    return str(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1243,16 +1315,22 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if stage not in STAGES and stage != "all":
             raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
+        if stage == "all" and {"from_model", "from_data"} & flags.keys():
+            raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
         stages = list(STAGES) if stage == "all" else [stage]
         configs = [resolve(name, flags) for name in stages]
+        cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
+        num_processes = PartialState(cpu=cpu).num_processes
         for cfg in configs:  # all of them before the first one starts
-            check_config(cfg, PartialState().num_processes)
-        torch.set_num_threads(configs[0].threads or max(1, len(os.sched_getaffinity(0)) // PartialState().num_processes))
-        accelerator = Accelerator(mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir)
-        if configs[0].log_with:
-            accelerator.init_trackers("pebr", config=asdict(configs[0]))
-        toy = str(Path(configs[0].run_dir, "toy"))
-        if any(toy in str(value) for value in asdict(configs[0]).values()) and accelerator.is_main_process:
+            check_config(cfg, num_processes)
+        torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // num_processes))
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
+        )  # fmt: skip
+        toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in TOY_PATHS]
+        if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
             build_toy_world(toy, configs[0].seed, ToyConfig())
         accelerator.wait_for_everyone()
         for name in stages:

@@ -24,7 +24,7 @@ STAGE_REWARDS = {
     "reasoning": {"accuracy": 0.9, "format": 0.1},  # paper, stage 2
 }
 LENGTH_LIMIT = 512  # tokens; longer responses are paid LENGTH_LIMIT / length
-CLIP_COSINE_FULL = 0.4  # cosine that earns the whole CLIP reward (paper)
+CLIP_BATCH = 256  # pictures or texts that CLIP encodes at once
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,10 +96,15 @@ def length_reward(num_tokens: int) -> float:
 
 
 def keyword_pattern(keyword: str) -> regex.Pattern:
-    """A keyword as a whole word or phrase, any case, white space of any kind; a number is not part of a longer one."""
+    """A keyword as a whole word or phrase, any case, any white space, plural allowed; a number is not part of a longer one.
+
+    A single letter (a point or an angle in geometry) is matched in its own case and has no plural: "A" is not "as".
+    """
     words = [regex.escape(word) for word in keyword.split()]
-    plural = r"(?:e?s)?" if keyword.rstrip()[-1:].isalpha() else ""
-    return regex.compile(r"(?<!\w)(?<!\d[.,])" + r"\s+".join(words) + plural + r"(?!\w)(?![.,]\d)", regex.IGNORECASE)
+    letters = regex.search(r"\p{L}*$", keyword.strip())[0]
+    plural = r"(?:e?s)?" if len(letters) > 2 else ""
+    case = 0 if len(keyword.strip()) == 1 else regex.IGNORECASE
+    return regex.compile(r"(?<!\w)(?<!\d[.,])" + r"\s+".join(words) + plural + r"(?!\w)(?![.,]\d)", case)
 
 
 def keyword_reward(description: str, key_words: list[str]) -> float:
@@ -177,7 +182,7 @@ class ClipScorer:
     open_clip would go on with random ones.
     """
 
-    def __init__(self, name: str, device="cpu", lo: float = 0.0, hi: float = CLIP_COSINE_FULL):
+    def __init__(self, name: str, device="cpu", lo: float = 0.0, hi: float = 0.4):
         import open_clip
 
         if name.startswith("local-dir:") and not os.path.isfile(os.path.join(name[10:], "open_clip_config.json")):
@@ -191,16 +196,21 @@ class ClipScorer:
         self.device, self.lo, self.hi = device, lo, hi
         self.cut_texts = 0  # sentences longer than the text tower's context, cut by the tokenizer
 
+    def fits(self, text: str) -> bool:
+        """Whether the text, with its begin and end marks, fits the text tower's context."""
+        inner = getattr(self.tokenizer, "tokenizer", None)  # of open_clip's wrapper around Hugging Face tokenizers
+        length = len(inner.encode(text)) if inner else len(self.tokenizer.encode(text)) + 2
+        return length <= self.tokenizer.context_length
+
     def windows(self, text: str) -> list[str]:
         """Whole sentences packed greedily into texts that fit the text tower's context. [4]"""
-        fits = lambda s: len(self.tokenizer.encode(s)) + 2 <= self.tokenizer.context_length
         packed = []
         for sentence in regex.split(r"(?<=[.!?;])\s+|\n+", text):
-            if packed and fits(packed[-1] + " " + sentence):
+            if packed and self.fits(packed[-1] + " " + sentence):
                 packed[-1] += " " + sentence
             elif sentence:
                 packed.append(sentence)
-                self.cut_texts += not fits(sentence)
+                self.cut_texts += not self.fits(sentence)
         return packed
 
     @torch.inference_mode()
@@ -211,13 +221,14 @@ class ClipScorer:
         """
         pictures = {id(image): image for images in image_lists for image in images}
         position = {key: i for i, key in enumerate(pictures)}
-        pixels = torch.stack([self.preprocess(image) for image in pictures.values()]).to(self.device)
-        image_features = self.model.encode_image(pixels, normalize=True).float()  # (pictures, D)
+        pixels = torch.stack([self.preprocess(image) for image in pictures.values()])
+        encode = lambda encoder, items: torch.cat([encoder(part.to(self.device), normalize=True).float() for part in items.split(CLIP_BATCH)])
+        image_features = encode(self.model.encode_image, pixels)  # (pictures, D)
         windows = [self.windows(text) for text in texts]
         flat = list(dict.fromkeys(window for own in windows for window in own))
         if not flat:
             return [0.0] * len(texts)
-        text_features = self.model.encode_text(self.tokenizer(flat).to(self.device), normalize=True).float()
+        text_features = encode(self.model.encode_text, self.tokenizer(flat))  # (windows, D)
         row = {window: i for i, window in enumerate(flat)}
         cosines = []
         for images, own in zip(image_lists, windows):
@@ -227,7 +238,7 @@ class ClipScorer:
         return cosines
 
     def rewards(self, image_lists: list[list], texts: list[str]) -> list[float]:
-        """Cosines on a scale from lo (0) to hi (1). The paper's scale is lo = 0, hi = 0.4: min(cos / 0.4, 1)."""
+        """Cosines on a scale from lo (0) to hi (1), clamped. The paper: lo = 0, hi = 0.4, min(cos / 0.4, 1)."""
         return [min(max((c - self.lo) / (self.hi - self.lo), 0.0), 1.0) for c in self.cosines(image_lists, texts)]
 
 

@@ -4,9 +4,13 @@ Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2
 a second data set that is not the toy. No network, no GPU, deterministic.
 """
 
+from collections import Counter
 import json
 import math
+import os
 from pathlib import Path
+import subprocess
+import sys
 
 from PIL import Image, ImageDraw
 import pytest
@@ -110,6 +114,8 @@ def test_sections_are_parsed_once_and_in_order(text, description, answer, well_f
         ("A RED\n circle", ["red circle"], 1),  # any case, any white space
         ("red circles", ["red circle"], 1),  # plural
         ("a red square and a circle", ["red circle"], 0),  # a phrase stays together
+        ("as it is", ["A", "I"], 0),  # a point in geometry is no article, verb or plural
+        ("the angle at A", ["A", "B"], 0.5),
         ("a cat and a dog", ["cat", "dog", "cow", "hen"], 0.5),  # share
         ("c++ (2)", ["c++", "(2)"], 1),  # keywords are text, not patterns
         ("", ["cat"], 0),
@@ -236,17 +242,28 @@ def test_k3_is_zero_at_equality_and_never_negative():
 def test_clip_acts_only_on_the_right_side_of_each_sign(ratio, advantage, loss, gradient_flows):
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     one = torch.ones(1, 1)
-    value, _ = pebr.grpo_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), one, one, Config(kl_coef=0))
+    value, metrics = pebr.grpo_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), one, one, 1, Config(kl_coef=0))
     value.backward()
     assert value.item() == pytest.approx(loss)
     assert (logprobs.grad.abs().item() > 0) == gradient_flows
+    clipped = {name: bool(share) for name, share in metrics.items() if name.startswith("clipped")}
+    assert clipped == {"clipped_low": ratio < 0.8 and advantage < 0, "clipped_high": ratio > 1.3 and advantage > 0,
+                       "clipped_dual": ratio > 3 and advantage < 0}  # fmt: skip
 
 
 def test_kl_is_added_with_its_coefficient():
     one = torch.ones(1, 1)
-    loss, metrics = pebr.grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1), one, one, Config(kl_coef=0.5))
+    loss, metrics = pebr.grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1), one, one, 1, Config(kl_coef=0.5))
     assert metrics["kl"].item() == pytest.approx(math.e - 2)  # exp(1) - 1 - 1
     assert loss.item() == pytest.approx(0.5 * (math.e - 2))
+
+
+def test_metrics_are_means_over_tokens_whatever_the_loss_mean():
+    mask, cfg = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), Config(kl_coef=0.5)
+    for loss_mean in ("token", "sequence", "constant"):
+        weights = pebr.token_weights(mask, loss_mean, {"tokens": 3, "sequences": 2}, 10)
+        _, metrics = pebr.grpo_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), mask, weights, 3, cfg)
+        assert metrics["kl"].item() == pytest.approx(math.e - 2)
 
 
 def test_loss_means_weigh_tokens_as_their_papers_say():
@@ -260,7 +277,7 @@ def test_loss_means_weigh_tokens_as_their_papers_say():
 
 def test_sequence_ratio_is_the_geometric_mean_over_the_response():
     logprobs, mask = torch.tensor([[math.log(1.1), math.log(1.21), 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    loss, _ = pebr.grpo_loss(logprobs, torch.zeros(1, 3), None, torch.ones(1), mask, mask / 2, Config(kl_coef=0, ratio="sequence"))
+    loss, _ = pebr.grpo_loss(logprobs, torch.zeros(1, 3), None, torch.ones(1), mask, mask / 2, 2, Config(kl_coef=0, ratio="sequence"))
     assert loss.item() == pytest.approx(-math.sqrt(1.1 * 1.21))  # below 1 + 0.3, so not clipped
 
 
@@ -296,8 +313,27 @@ def test_an_update_of_masked_truncated_responses_changes_no_parameter(policy, cf
     before = {n: p.clone() for n, p in policy.model.named_parameters()}
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1, weight_decay=0.1)
     cfg = pebr.replace(cfg, mask_truncated=True, kl_coef=0.0)
-    assert pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy=False) == {"masked_updates": 1.0}
+    metrics = pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy=False)
+    assert metrics == {**dict.fromkeys(pebr.UPDATE_METRICS, 0.0), "masked_updates": 1.0}
     assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
+
+
+def test_masked_truncated_responses_leave_the_gradient_to_the_others(policy, cfg, tmp_path, accelerator):
+    rollouts = grouped_rollouts(policy, cfg, tmp_path)  # the last three are truncated
+    cfg = pebr.replace(cfg, kl_coef=0.0, mask_truncated=True, grad_clip=1e9)
+    masked, without = gradients(policy, rollouts, cfg, accelerator), gradients(policy, rollouts[:9], cfg, accelerator)
+    trained = gradients(policy, rollouts, pebr.replace(cfg, mask_truncated=False), accelerator)
+    assert all(torch.allclose(masked[name], without[name], atol=1e-6) for name in masked)
+    assert not all(torch.allclose(masked[name], trained[name], atol=1e-6) for name in masked)
+
+
+def test_off_policy_updates_use_the_samplers_logprobs(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, 1])
+    for rollout, logprobs in zip(rollouts, pebr.rollout_logprobs(policy, rollouts, cfg, accelerator)):
+        rollout.old_logprobs = logprobs - math.log(1.25)  # so that every ratio is 1.25, within the clip
+    cfg, optimizer = pebr.replace(cfg, kl_coef=0.0), torch.optim.SGD(policy.parameters(), lr=0.0)
+    losses = [pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy)["loss"] for off_policy in (True, False)]
+    assert losses == pytest.approx([-1.25, -1.0], abs=1e-4)
 
 
 def test_a_non_finite_gradient_skips_the_update(policy, cfg, tmp_path, accelerator):
@@ -486,15 +522,18 @@ def test_an_image_token_is_never_sampled(policy, cfg, tmp_path, accelerator):
 def test_the_folders_generation_config_does_not_leak_into_rollouts_and_is_kept_on_saving(toy, cfg, tmp_path, accelerator):
     from transformers import GenerationConfig
 
-    policy = pebr.load_policy(str(toy / "model"), cfg)
-    policy.saved_generation_config.update(top_k=1, repetition_penalty=1.5, do_sample=True)
+    plain = pebr.replace(cfg, engine="plain")
+    policy = pebr.load_policy(str(toy / "model"), plain)
+    policy.saved_generation_config.update(min_new_tokens=7, no_repeat_ngram_size=1, repetition_penalty=1.5)
     pebr.save_policy(policy, accelerator, policy, tmp_path / "model")
-    leaky = pebr.load_policy(str(tmp_path / "model"), cfg)
+    leaky = pebr.load_policy(str(tmp_path / "model"), plain)
     assert leaky.end_ids == policy.end_ids and len(leaky.end_ids) == 2
-    torch.manual_seed(0)
-    rollouts = pebr.generate_rollouts(leaky, prompts_of(leaky, cfg, tmp_path)[:1], 8, cfg, accelerator, 1.2)
-    assert len({r.text for r in rollouts}) > 1  # top_k = 1 would make all the same
-    assert GenerationConfig.from_pretrained(tmp_path / "model").repetition_penalty == 1.5
+    both = []
+    for one in (policy, leaky):
+        torch.manual_seed(0)
+        both.append([r.text for r in pebr.generate_rollouts(one, prompts_of(one, cfg, tmp_path)[:1], 8, plain, accelerator, 3.0)])
+    assert both[0] == both[1]
+    assert GenerationConfig.from_pretrained(tmp_path / "model").no_repeat_ngram_size == 1
 
 
 def test_special_tokens_are_not_doubled(policy, cfg, tmp_path):
@@ -549,6 +588,9 @@ ROW = {"qid": "1", "problem": "<image>How many?", "answer": "3", "images": ["a.p
         ({"key_words": [3]}, '"key_words" must be a list of texts'),
         ({"qid": "0"}, "qid 0 is already that of rows.json row 0"),
         ({"images": ["broken.png"]}, "is not readable"),
+        ({"images": ["line.png"]}, "the processor refuses it"),  # 1 x 300 pixels
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no sections"}]}, "no answer to grade against"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "messages must be (system,) user, assistant"),
         ({"problem": "How many? " * 3000}, "--max_prompt_length is 64"),
     ],
 )
@@ -557,19 +599,20 @@ def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tm
     root.mkdir()
     picture(root / "a.png")
     picture(tmp_path / "secret.png")
+    Image.new("RGB", (300, 1)).save(root / "line.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "broken.png").write_bytes((root / "a.png").read_bytes()[:60])
     path = root / "rows.json"
     path.write_text(json.dumps([{**ROW, "qid": "0"}, {**ROW, **change}, {**ROW, "qid": "2"}]))
     with pytest.raises(DataError) as error:
-        pebr.checked_rows(str(path), cfg, policy, accelerator, need_keywords=True)
+        pebr.checked_rows(str(path), cfg, policy, accelerator, ("answer", "key_words"))
     assert "rows.json row 1: " in str(error.value) and reason in str(error.value) and "1 broken rows" in str(error.value)
-    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, need_keywords=True)
+    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, ("answer", "key_words"))
     assert [row.qid for row in kept] == ["0", "2"]
     assert "dropped 1 broken rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, reason", [("", "no rows"), ("[]", "no rows"), ("{oops", "neither a JSON list"), ("[1, 2", "neither a JSON list")])
+@pytest.mark.parametrize("text, reason", [("", "no rows"), ("[]", "no rows"), ("{oops", "neither a JSON list"), ("[1, 2", "neither a JSON list"), ("[" * 100_000, "neither a JSON list")])
 def test_a_file_that_is_no_data_file_says_so(tmp_path, text, reason):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=reason):
@@ -579,8 +622,9 @@ def test_a_file_that_is_no_data_file_says_so(tmp_path, text, reason):
 def test_json_and_jsonl_give_the_same_rows(tmp_path):
     picture(tmp_path / "a.png")
     rows = [{**ROW, "qid": "1"}, {**ROW, "qid": "2", "answer": 4}]
-    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows))
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    rows[1]["problem"] = "line\u2028separator"  # no end of a JSON line
+    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
     read = [data.load_rows(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
     assert [(r.qid, r.answer, r.images, r.raw) for r in read[0][0]] == [(r.qid, r.answer, r.images, r.raw) for r in read[1][0]]
     assert read[0][1] == read[1][1] == [] and read[0][0][1].answer == "4"
@@ -651,6 +695,8 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
 @pytest.mark.parametrize(
     "argv, reason",
     [
+        (["--from_model", "x"], "--from_model and --from_data belong to one stage"),
+        (["--stage", "perception", "--clip_dual", "0.5"], "--clip_dual 0.5"),
         (["--stage", "percept"], "--stage percept: must be one of"),
         (["--stage", "perception", "--group_size", "1"], "--group_size 1"),
         (["--stage", "perception", "--rollout_batch_size", "10", "--update_batch_size", "4"], "is not a multiple of --update_batch_size 4"),
@@ -695,8 +741,8 @@ def lines(path):
 
 @pytest.fixture(scope="session")
 def toy_run(toy, tmp_path_factory):
-    """Every stage on the small toy world, two steps each. The random model gets nothing right, so the split is forced:
-    the questions' own answers come from what the warmed-up model says."""
+    """Every stage on the small toy world, two steps each. The untrained model gets nothing right, so that no question is easy
+    or medium: the RL stages are given all of them."""
     run_dir = tmp_path_factory.mktemp("stages")
     (run_dir / "toy").symlink_to(toy)
     data_file = ["--from_data", str(toy / "train.json")]
@@ -751,8 +797,11 @@ def test_a_finished_stage_is_kept_and_changed_settings_stop_with_what_changed(to
     assert (toy_run / "warmup" / "stage.json").read_text() == stamp and "finished earlier, kept" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="learning_rate was 0.00.*, now 0.5"):
         run(toy_run, "--stage", "warmup", *SMALL, "--learning_rate", "0.5")
-    with pytest.raises(SystemExit, match="train_data was"):
+    with pytest.raises(SystemExit, match="its data has changed since"):
         run(toy_run, "--stage", "sample", *SMALL, "--train_data", str(toy_run / "toy" / "test.json"))
+    with pytest.raises(SystemExit, match="warmup was made otherwise:\n  its data has changed since"):  # nor as an earlier stage
+        run(toy_run, "--stage", "sample", *SMALL, "--sft_data", str(toy_run / "toy" / "test.json"))
+    run(toy_run, "--stage", "warmup", *SMALL, "--test_data", "other.json", "--group_size", "3")  # what it does not read may change
 
 
 def test_missing_stages_are_made_first_and_a_redone_stage_makes_later_ones_stale(toy, tmp_path):
@@ -766,6 +815,8 @@ def test_missing_stages_are_made_first_and_a_redone_stage_makes_later_ones_stale
         run(tmp_path, "--stage", "warmup", *small_warmup, "--overwrite")
         with pytest.raises(SystemExit, match="its model has changed since"):
             run(tmp_path, "--stage", "sample", *small_warmup)
+        with pytest.raises(SystemExit, match="sample was made otherwise:\n  its model has changed since"):
+            run(tmp_path, "--stage", "perception", *small_warmup)  # also if the stale stage is not the one asked for
         run(tmp_path, "--stage", "sample", *small_warmup, "--overwrite")
     finally:
         pebr.TOY["warmup"] = original
@@ -781,12 +832,90 @@ def test_two_runs_with_one_seed_give_the_same_metrics_line_by_line(toy_run, toy,
     assert lines(tmp_path / "perception" / "samples.jsonl") != lines(toy_run / "perception" / "samples.jsonl")
 
 
+def test_another_seed_samples_other_responses(cfg):
+    draws = []
+    for seed, step, process in ((0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        pebr.seed_step(pebr.replace(cfg, seed=seed), "perception", step, process)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+def test_a_step_makes_its_updates_from_the_start_model_of_the_stage(toy, toy_run, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", "reasoning", *SMALL, "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json"), "--learning_rate", "0.001"]
+    updates, update_policy = [], pebr.update_policy
+
+    def counted(rollouts, model, optimizer, cfg, accelerator, off_policy):
+        updates.append((len(rollouts), off_policy, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
+        return update_policy(rollouts, model, optimizer, cfg, accelerator, off_policy)
+
+    monkeypatch.setattr(pebr, "update_policy", counted)
+    run(tmp_path, *argv, "--weight_decay", "0.3", "--resample_rounds", "1")
+    # 2 steps of 4 questions x 2 rollouts, 2 questions an update
+    assert updates == [(4, False, 0.001, 0.3), (4, True, 0.001, 0.3)] * 2
+    metrics = [json.loads(line) for line in lines(tmp_path / "reasoning" / "metrics.jsonl")]
+    assert metrics[0]["resampled_groups"] > 0  # a random model is never right: its groups are tied
+    assert abs(metrics[0]["kl"]) < 1e-5 < metrics[1]["kl"]  # the reference is the model that the stage starts from
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=7.0)
+    cfg = Config(learning_rate=1.0, lr_schedule="cosine", lr_warmup=0.1)
+    rates = [pebr.set_learning_rate(optimizer, cfg, step, 20) for step in range(20)]
+    # 2 of 20 steps rise: 1/2, 1. Then half a cosine over 18 steps: 1 at its start, 1/2 in its middle (step 2 + 9)
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[11] == pytest.approx(0.5) and 0 < rates[19] < 0.01
+    assert optimizer.param_groups[0]["lr"] == rates[19]
+    assert pebr.set_learning_rate(optimizer, Config(learning_rate=1.0), 0, 20) == 1.0
+
+
+def test_training_flags_reach_the_model_and_the_optimizer(policy, cfg, tmp_path, accelerator):
+    cfg = pebr.replace(cfg, freeze_vision=True, gradient_checkpointing=True, weight_decay=0.2, kl_coef=0.0, grad_clip=1e-3)
+    model, optimizer = pebr.prepare_training(policy, cfg, accelerator)
+    assert model.training and policy.model.is_activation_checkpointing and optimizer.param_groups[0]["weight_decay"] == 0.2
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in policy.parameters()) < len(list(policy.parameters()))
+    norms = []
+    monitored = optimizer.step
+    optimizer.step = lambda: norms.append(torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm().item()) or monitored()
+    pebr.update_policy(rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, -1]), model, optimizer, cfg, accelerator, off_policy=False)
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]  # clipped
+
+
+def run_script(tmp_path, launcher, *argv):
+    """pebr.py in processes of its own, as a user starts it."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, str(Path(pebr.__file__)), "--run_dir", str(tmp_path), "--threads", "1", *argv]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_accelerate_launch_runs_the_papers_bf16_path(toy, toy_run, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", "perception", *SMALL, "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]
+    run_script(tmp_path, ["accelerate.commands.launch"], *argv, "--mixed_precision", "bf16", "--gradient_checkpointing")
+    before, after = weights_of(toy_run / "warmup"), weights_of(tmp_path / "perception")
+    assert all(value.dtype == torch.float32 for value in after.values())  # float32 weights, whatever the compute
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_two_processes_train_also_when_one_of_them_has_no_picture(night_sky, toy, tmp_path):
+    argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.jsonl"),
+            "--mixed_precision", "no", "--max_new_tokens", "12", "--no-freeze_vision", "--micro_batch_size", "2", "--group_size", "2"]  # fmt: skip
+    argv += ["--max_steps", "3", "--sft_batch_size", "4", "--rollout_batch_size", "4", "--update_batch_size", "2"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_script(tmp_path, launcher, *argv, "--stage", "warmup")
+    run_script(tmp_path, launcher, *argv, "--stage", "reasoning", "--from_model", str(tmp_path / "warmup"), "--from_data", str(night_sky / "rl.json"))
+    samples = [json.loads(line) for line in lines(tmp_path / "reasoning" / "samples.jsonl")]
+    assert len(samples) == 3 * 4 * 2  # steps x questions x G: both processes' rollouts, none twice
+    assert Counter(sample["qid"] for sample in samples) == {f"q{i}": 2 * 2 for i in range(6)}  # two epochs of six questions
+
+
 class Killed(Exception):
     pass
 
 
 @pytest.mark.parametrize("stage", ["warmup", "perception"])
-def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, toy_run, tmp_path, monkeypatch):
+def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, toy_run, tmp_path, monkeypatch, capsys):
     (tmp_path / "toy").symlink_to(toy)
     argv = ["--stage", stage, *SMALL, "--checkpoint_every", "1", "--from_model", str(toy_run / "warmup" if stage == "perception" else toy / "model")]
     argv += ["--from_data", str(toy / ("train.json" if stage == "perception" else "sft.json"))]
@@ -803,7 +932,9 @@ def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, to
     with pytest.raises(Killed):
         run(tmp_path, *argv, "--overwrite")
     monkeypatch.undo()
+    capsys.readouterr()
     run(tmp_path, *argv)
+    assert "resuming after step 1" in capsys.readouterr().out
     assert lines(tmp_path / stage / "metrics.jsonl") == expected[1]
     resumed = weights_of(tmp_path / stage)
     assert all(torch.equal(resumed[name], expected[0][name]) for name in resumed)
@@ -830,8 +961,10 @@ def test_interrupted_sampling_goes_on_where_it_stopped_with_exactly_n_scores(toy
     path = tmp_path / "sample" / "rollouts.jsonl"
     assert lines(path) == expected[:4]
     path.write_text("\n".join(expected[:3]) + "\n" + expected[3][:20])  # and the last line torn
+    calls.clear()
+    monkeypatch.setattr(pebr, "generate_rollouts", lambda *args: calls.append(1) or generate(*args))
     run(tmp_path, *argv)
-    assert lines(path) == expected
+    assert lines(path) == expected and len(calls) == 3  # 8 questions in chunks of 2; only the first chunk was whole
 
 
 def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator, monkeypatch):
@@ -845,11 +978,11 @@ def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator
 
     monkeypatch.setattr(pebr, "score_rollouts", score)
     weights = rewards.STAGE_REWARDS["reasoning"]
-    rollouts, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], cfg, None, weights, accelerator)
-    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train2", "train3", "train4"]
+    rollouts, replaced, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], cfg, None, weights, accelerator)
+    assert replaced == 2 and [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train2", "train3", "train4"]
     assert all(r.advantage != 0 for r in rollouts)
-    rollouts, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], pebr.replace(cfg, resample_rounds=0), None, weights, accelerator)
-    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
+    rollouts, replaced, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], pebr.replace(cfg, resample_rounds=0), None, weights, accelerator)
+    assert replaced == 0 and [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
     assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
 
 
