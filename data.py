@@ -260,10 +260,10 @@ class ToyConfig:
     """Sizes and noise of the toy world."""
 
     sft_rows: int = 6000
-    rl_rows: int = 480
+    rl_rows: int = 960
     test_rows: int = 320
-    object_noise: float = 0.2  # share of the objects that the teacher's description leaves out or misnames
-    slip_per_object: float = 0.1  # chance of a slip in the teacher's steps, per object beyond the first
+    object_noise: float = 0.22  # share of the objects that the teacher's description leaves out or misnames
+    slip_per_object: float = 0.12  # chance of a slip in the teacher's steps, per object beyond the first
     hidden: int = 128
     text_layers: int = 4
     vision_layers: int = 2
@@ -273,7 +273,7 @@ class ToyConfig:
 
 def toy_scene(rng: random.Random) -> list[tuple[str, str, str]]:
     """1 to 5 objects (color, shape, place) in reading order."""
-    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 1, 2, 2, 3, 3, 4, 5])))
+    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 1, 1, 2, 2, 3, 3, 4, 5, 5])))
     return [(rng.choice(list(COLORS)), rng.choice(SHAPES), PLACES[cell]) for cell in cells]
 
 

@@ -57,6 +57,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadc
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -378,20 +379,18 @@ def collate(prompts: list[Prompt], completions: list[torch.Tensor] | None, pad_i
     completions: (C_i,) ids or None. Per-token tensors get shape (B, T + C); pictures are concatenated whole, one run of
     patches per image, because repeating or cutting them by rows would mix pictures up.
     """
-    T = max(p.inputs["input_ids"].shape[1] for p in prompts)
-    C = max(len(c) for c in completions) if completions else 0
     batch = {}
     for name in dict.fromkeys(name for p in prompts for name in p.inputs):
-        values = [(i, p.inputs[name]) for i, p in enumerate(prompts) if name in p.inputs]
-        if all(value.shape == prompts[i].inputs["input_ids"].shape for i, value in values):  # ids, mask, token types
+        values = [p.inputs[name] for p in prompts if name in p.inputs]
+        if all(p.inputs[name].shape == p.inputs["input_ids"].shape for p in prompts if name in p.inputs):  # ids, mask, types
             fill = pad_id if name == "input_ids" else 0
-            batch[name] = values[0][1].new_full((len(prompts), T + C), fill)
-            for i, value in values:
-                batch[name][i, T - value.shape[1] : T] = value[0]
-                if completions and name in ("input_ids", "attention_mask"):
-                    batch[name][i, T : T + len(completions[i])] = completions[i] if name == "input_ids" else 1
+            batch[name] = pad_sequence([value[0] for value in values], True, fill, padding_side="left")  # (B, T)
+            if completions:
+                tails = {"input_ids": completions, "attention_mask": [torch.ones_like(c) for c in completions]}
+                tails = tails.get(name, [torch.zeros_like(c) for c in completions])
+                batch[name] = torch.cat([batch[name], pad_sequence(tails, True, fill)], 1)  # (B, T + C)
         else:
-            batch[name] = torch.cat([value for _, value in values])
+            batch[name] = torch.cat(values)
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -548,9 +547,9 @@ def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]
     inputs = {name: value.to(policy.device) for name, value in prompt.inputs.items()}
     positions, next_position = rope_positions(policy, inputs)  # (3, 1, T), (1, 1)
     T, G, L = positions.shape[-1], len(completions), max(max(len(c) for c in completions) - 1, 1)
-    tails = torch.full((G, L), policy.pad_id)  # a completion's last token predicts nothing: it is no input
+    tails = torch.full((G, L), policy.pad_id)
     for i, c in enumerate(completions):
-        tails[i, : len(c) - 1] = c[:-1]
+        tails[i, : len(c) - 1] = c[:-1]  # a completion's last token predicts nothing: it is no input
     tail_positions = (next_position + torch.arange(L, device=policy.device)).repeat(1, G).expand(3, 1, -1)  # each follows the prompt
     hidden = policy.model.base_model(
         input_ids=torch.cat([inputs["input_ids"], tails.view(1, -1).to(policy.device)], 1),  # (1, T + G * L)
@@ -702,6 +701,8 @@ def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, lo
 
 def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
     """The policy's model as accelerate wraps it, in train mode, and its optimizer."""
+    kind = policy.model.config.model_type
+    accelerator.print(f"engine: fast, prompts shared within groups ({kind})" if policy.fast else f"engine: plain ({kind})")
     if cfg.freeze_vision:
         freeze_vision(policy.model)
     if cfg.gradient_checkpointing:
@@ -1095,16 +1096,12 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
         return dict.fromkeys(UPDATE_METRICS, 0.0) | {"masked_updates": 1.0}
     totals = {"tokens": tokens, "sequences": sequences}
 
-    def padded(rows: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(like)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = row
-        return out
+    padded = lambda rows: pad_sequence(rows, batch_first=True).to(device)  # (C_i,) each -> (B, C)
 
     def loss_of(batch: list[Rollout]):
         logprobs, entropy, mask = model([r.prompt for r in batch], [r.tokens for r in batch], cfg.temperature)
-        old = padded([r.old_logprobs for r in batch], logprobs) if off_policy else logprobs.detach()  # on-policy: ratio exactly 1
-        ref = padded([r.ref_logprobs for r in batch], logprobs) if cfg.kl_coef else None
+        old = padded([r.old_logprobs for r in batch]) if off_policy else logprobs.detach()  # on-policy: ratio exactly 1
+        ref = padded([r.ref_logprobs for r in batch]) if cfg.kl_coef else None
         mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
         weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
         loss, metrics = grpo_loss(logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, tokens, cfg)

@@ -57,6 +57,50 @@ def picture(path, size=(56, 56), color=(200, 30, 30)):
     return str(path)
 
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """A tiny random model folder of each fast family, and of one that takes the plain path."""
+    import transformers as hf
+
+    folder, toy_processor = tmp_path_factory.mktemp("families"), data.toy_processor("user assistant red blue and How many objects ? all left".split())
+    tokenizer, images, videos = toy_processor.tokenizer, toy_processor.image_processor, toy_processor.video_processor
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")}
+    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=16, max_position_embeddings=512, initializer_range=0.125, bos_token_id=0, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])  # fmt: skip
+    mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    marks = dict(image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    vision = dict(hidden_size=64, num_heads=4, initializer_range=0.125, depth=2)
+    size = {"height": 28, "width": 28}
+    make = {
+        "qwen2_vl": lambda: (
+            hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config={**text, **mrope}, vision_config={**vision, "embed_dim": 64, "mlp_ratio": 2}, **marks)),
+            hf.Qwen2VLProcessor(images, tokenizer, videos, chat_template=data.CHAT_TEMPLATE)),
+        "qwen2_5_vl": lambda: (
+            hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(text_config={**text, **mrope}, vision_config={
+                **vision, "intermediate_size": 128, "out_hidden_size": 64, "fullatt_block_indexes": [1]}, **marks)),
+            hf.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=data.CHAT_TEMPLATE)),
+        "qwen3_vl": lambda: (
+            hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config={**text, **mrope}, vision_config={
+                **vision, "intermediate_size": 128, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "patch_size": 14, "num_position_embeddings": 64}, **marks)),
+            hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(), chat_template=data.CHAT_TEMPLATE)),
+        "llava": lambda: (
+            hf.LlavaForConditionalGeneration(hf.LlavaConfig(text_config=hf.LlamaConfig(**text), image_token_id=ids["image_pad"], image_seq_length=4,
+                vision_config=hf.CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14))),
+            hf.LlavaProcessor(hf.CLIPImageProcessor(size=size, crop_size=size), tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                              chat_template=data.CHAT_TEMPLATE, image_token="<|image_pad|>", num_additional_image_tokens=1)),
+    }  # fmt: skip
+    for kind in FAMILIES:
+        torch.manual_seed(0)
+        model, processor = make[kind]()
+        model.generation_config.eos_token_id = ids["im_end"]
+        model.save_pretrained(folder / kind)
+        processor.save_pretrained(folder / kind)
+    return folder
+
+
 def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=("red", "How many red objects are there ?")):
     """One prompt per size (None: no picture), with questions of different lengths."""
     rows = []
@@ -397,14 +441,15 @@ def grouped_rollouts(policy, cfg, tmp_path):
     lengths, rollouts = [9, 1, 4, 7, 3, 2, 5, 5, 5, 12, 12, 12], []
     generator = torch.Generator().manual_seed(1)
     for i, length in enumerate(lengths):
-        tokens = torch.randint(10, 60, (length,), generator=generator)
+        tokens = torch.randint(8, 20, (length,), generator=generator)  # words, in every vocabulary of these tests
         rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, advantage=[1.0, -2.0, 0.5][i % 3]))
     return rollouts
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(toy, policy, cfg, tmp_path, accelerator, checkpointing):
-    plain = pebr.load_policy(str(toy / "model"), pebr.replace(cfg, engine="plain"))
+@pytest.mark.parametrize("kind", FAMILIES[:3])
+def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(families, kind, cfg, tmp_path, accelerator, checkpointing):
+    policy, plain = (pebr.load_policy(str(families / kind), pebr.replace(cfg, engine=engine)) for engine in ("auto", "plain"))
     assert policy.fast and not plain.fast
     rollouts = grouped_rollouts(policy, cfg, tmp_path)
     cfg = pebr.replace(cfg, kl_coef=0.0, grad_clip=1e9)
@@ -420,8 +465,9 @@ def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(toy,
         assert torch.allclose(fast_gradients[name], expected, atol=1e-5), name
 
 
-def test_prefill_once_decodes_the_tokens_of_plain_generate(toy, policy, cfg, tmp_path, accelerator):
-    plain = pebr.load_policy(str(toy / "model"), pebr.replace(cfg, engine="plain"))
+@pytest.mark.parametrize("kind", FAMILIES[:3])
+def test_prefill_once_decodes_the_tokens_of_plain_generate(families, kind, cfg, tmp_path, accelerator):
+    policy, plain = (pebr.load_policy(str(families / kind), pebr.replace(cfg, engine=engine)) for engine in ("auto", "plain"))
     prompts = [r.prompt for r in grouped_rollouts(policy, cfg, tmp_path)][::3]
     cfg = pebr.replace(cfg, max_new_tokens=40)
     for batch in (prompts, prompts[:1], prompts[2:3]):  # padded, alone, no picture in the whole batch
@@ -429,6 +475,21 @@ def test_prefill_once_decodes_the_tokens_of_plain_generate(toy, policy, cfg, tmp
         slow = pebr.generate_rollouts(plain, batch, 1, cfg, accelerator, 0.0)
         assert [r.tokens.tolist() for r in fast] == [r.tokens.tolist() for r in slow]
         assert [r.truncated for r in fast] == [r.truncated for r in slow]
+
+
+def test_another_family_takes_the_plain_path_and_trains(families, cfg, tmp_path, accelerator):
+    torch.manual_seed(0)
+    policy = pebr.load_policy(str(families / "llava"), cfg)
+    assert not policy.fast
+    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left"))
+    tokens, expected = generate_logprobs(policy, prompts, 2, cfg)
+    got, _, _ = policy([p for p in prompts for _ in range(2)], list(tokens), cfg.temperature)
+    assert torch.allclose(got, expected, atol=1e-4)
+    rollouts = pebr.generate_rollouts(policy, prompts, 2, cfg, accelerator, cfg.temperature)
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = float(i % 2)
+    moved = gradients(policy, rollouts, pebr.replace(cfg, kl_coef=0.0), accelerator)
+    assert any("vision" in name and gradient.abs().max() > 0 for name, gradient in moved.items())
 
 
 def test_the_samplers_logprobs_are_those_of_the_training_forward(policy, cfg, tmp_path, accelerator):
