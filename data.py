@@ -115,7 +115,9 @@ def image_paths(raw: dict, root: str) -> list[str]:
 
 def rl_row(where: str, raw: dict, root: str) -> Row:
     """A row of the authors' RL format (see the top of this file)."""
-    row = Row(where, text_field(raw, "qid"), text_field(raw, "problem"), text_field(raw, "answer"), image_paths(raw, root), raw=raw)
+    row = Row(
+        where, text_field(raw, "qid"), text_field(raw, "problem"), text_field(raw, "answer"), image_paths(raw, root), raw=raw
+    )
     if raw.get("key_words") is not None:
         row.key_words = text_list(raw, "key_words")
     if raw.get("choices"):
@@ -385,12 +387,22 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
             toy_picture(scene, rng).save(Path(folder, image))
             question, _, answer = toy_answer(scene, asked)
             if split == "sft":
-                messages = [{"role": "user", "content": "<image>" + question},
-                            {"role": "assistant", "content": toy_rationale(scene, asked, rng, toy)}]
+                messages = [
+                    {"role": "user", "content": "<image>" + question},
+                    {"role": "assistant", "content": toy_rationale(scene, asked, rng, toy)},
+                ]
                 rows.append({"messages": messages, "images": [image]})
             else:
-                rows.append({"qid": f"{split}{i}", "problem": "<image>" + question, "answer": answer, "images": [image],
-                             "key_words": toy_keywords(scene), "kind": asked.kind})
+                rows.append(
+                    {
+                        "qid": f"{split}{i}",
+                        "problem": "<image>" + question,
+                        "answer": answer,
+                        "images": [image],
+                        "key_words": toy_keywords(scene),
+                        "kind": asked.kind,
+                    }
+                )
         Path(folder, f"{split}.json").write_text(json.dumps(rows, indent=1))
     Path(folder, "prompt.txt").write_text("{question}")  # the toy model has no use for an instruction
     words = "user assistant system none that makes count the leave out rest add up coins of and others There are objects . , ? at A object"
@@ -400,9 +412,23 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     done.write_text(json.dumps({"seed": seed, **vars(toy)}))
 
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-HEADINGS = ["### Image Description:", "### Rationales:", "### Let's think step by step.", "### The final answer is:",
-            "### Step 1:", "### Step 2:"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+HEADINGS = [
+    "### Image Description:",
+    "### Rationales:",
+    "### Let's think step by step.",
+    "### The final answer is:",
+    "### Step 1:",
+    "### Step 2:",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -422,8 +448,12 @@ def toy_processor(words: list[str]):
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(heading, normalized=False) for heading in HEADINGS])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="[UNK]",
-        additional_special_tokens=SPECIAL_TOKENS[1:], clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="[UNK]",
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+        clean_up_tokenization_spaces=False,
     )
     image_processor = Qwen2VLImageProcessor(min_pixels=CELL * CELL, max_pixels=64 * CELL * CELL)
     return Qwen2_5_VLProcessor(image_processor, fast, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
@@ -440,17 +470,38 @@ def build_toy_model(folder: Path, seed: int, toy: ToyConfig, words: list[str]) -
     std = 1 / math.sqrt(toy.hidden)  # with transformers' default 0.02 a model this narrow does not learn to see
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(processor.tokenizer), hidden_size=toy.hidden, intermediate_size=2 * toy.hidden,
-            num_hidden_layers=toy.text_layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16]},
-            initializer_range=std, bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+            vocab_size=len(processor.tokenizer),
+            hidden_size=toy.hidden,
+            intermediate_size=2 * toy.hidden,
+            num_hidden_layers=toy.text_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16],
+            },
+            initializer_range=std,
+            bos_token_id=ids("<|endoftext|>"),
+            eos_token_id=ids("<|im_end|>"),
+            pad_token_id=ids("<|endoftext|>"),
         ),
         vision_config=dict(
-            depth=toy.vision_layers, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=toy.hidden,
-            fullatt_block_indexes=[toy.vision_layers - 1], window_size=112, initializer_range=std,
+            depth=toy.vision_layers,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=toy.hidden,
+            fullatt_block_indexes=[toy.vision_layers - 1],
+            window_size=112,
+            initializer_range=std,
         ),
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"), initializer_range=std,
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        initializer_range=std,
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -480,7 +531,9 @@ def build_toy_clip(folder: Path, seed: int, toy: ToyConfig) -> None:
     model = open_clip.CLIP(**config)
     model.token_embedding.weight.requires_grad_(False).mul_(10)  # fixed random word codes: no gradient of 49,408 rows
     tokenizer = open_clip.SimpleTokenizer(context_length=context)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05
+    )
     for step in tqdm(range(steps), desc="toy CLIP", leave=False):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -496,6 +549,8 @@ def build_toy_clip(folder: Path, seed: int, toy: ToyConfig) -> None:
         optimizer.step()
         model.logit_scale.data.clamp_(0, math.log(100))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     preprocess = {"size": size, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1))

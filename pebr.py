@@ -60,12 +60,27 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from data import INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages, default_image_root, filter_warmup_rows
+from data import (
+    INSTRUCTION,
+    DataError,
+    Row,
+    ToyConfig,
+    build_toy_world,
+    chat_messages,
+    default_image_root,
+    filter_warmup_rows,
+)
 from data import load_image, load_rows
 from rewards import STAGE_REWARDS, ClipScorer, score_parts, total_reward
 
@@ -174,7 +189,9 @@ TOY_PATHS = {  # what "toy" stands for in these fields
 ALWAYS = "seed image_root min_pixels max_pixels max_prompt_length skip_bad_rows trust_remote_code mixed_precision engine"
 SAMPLING = ALWAYS + " group_size temperature top_p max_new_tokens"
 TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs max_steps freeze_vision"
-GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(f.name for f in fields(Config) if f.metadata["group"] == GRPO)
+GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(
+    f.name for f in fields(Config) if f.metadata["group"] == GRPO
+)
 SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
     "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
     "sample": SAMPLING,
@@ -204,7 +221,11 @@ def parse_flags(argv: list[str]) -> dict:
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Config))}
     for f in fields(Config):
         text = f"{f.metadata['help']} [{f.default}]" if f.default != "" else f.metadata["help"]
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        kind = (
+            dict(action=argparse.BooleanOptionalAction)
+            if f.type is bool
+            else dict(type=f.type, metavar=f.type.__name__.upper())
+        )
         groups[f.metadata["group"]].add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
@@ -216,13 +237,19 @@ def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
         cfg = replace(cfg, **TOY[""], **TOY.get(stage, {}))
     group = {f.name: f.metadata["group"] for f in fields(Config)}
     cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
-    toy_data = {name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"}
+    toy_data = {
+        name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"
+    }
     cfg = replace(cfg, stage=stage, **toy_data)
-    return replace(cfg, **{name: path.format(Path(cfg.run_dir, "toy")) for name, path in TOY_PATHS.items() if getattr(cfg, name) == "toy"})
+    return replace(
+        cfg,
+        **{name: path.format(Path(cfg.run_dir, "toy")) for name, path in TOY_PATHS.items() if getattr(cfg, name) == "toy"},
+    )
 
 
 def check_config(cfg: Config, num_processes: int) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
+
     def need(condition, message):
         if not condition:
             raise ConfigError(message)
@@ -237,9 +264,17 @@ def check_config(cfg: Config, num_processes: int) -> None:
                  "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
-    need(not cfg.log_with or cfg.log_with in trackers, f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}")
-    need(cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more")
-    need(cfg.clip_dual == 0 or cfg.clip_dual > 1, f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient")
+    need(
+        not cfg.log_with or cfg.log_with in trackers,
+        f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}",
+    )
+    need(
+        cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more"
+    )
+    need(
+        cfg.clip_dual == 0 or cfg.clip_dual > 1,
+        f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient",
+    )
     need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
     need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
     need(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo} must be less than --cosine_hi {cfg.cosine_hi}")
@@ -285,7 +320,10 @@ class Policy(torch.nn.Module):
         names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         self.banned_ids = sorted({getattr(model.config, name, None) for name in names} - {None})
         # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts; it is kept for saving.
-        self.saved_generation_config, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=self.pad_id)
+        self.saved_generation_config, model.generation_config = (
+            model.generation_config,
+            GenerationConfig(pad_token_id=self.pad_id),
+        )
 
     @property
     def device(self):
@@ -317,7 +355,9 @@ def load_policy(path: str, cfg: Config) -> Policy:
     """
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from None
     if not getattr(processor, "chat_template", None):
@@ -344,7 +384,9 @@ def freeze_vision(model: torch.nn.Module) -> None:
     parts = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")
     frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
     if not frozen:
-        raise ConfigError(f"--freeze_vision: found none of {', '.join(parts)} in {type(model).__name__}; use --no-freeze_vision")
+        raise ConfigError(
+            f"--freeze_vision: found none of {', '.join(parts)} in {type(model).__name__}; use --no-freeze_vision"
+        )
     for p in frozen:
         p.requires_grad_(False)
 
@@ -364,13 +406,17 @@ def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Pr
         raise DataError(f"the processor refuses it ({error})") from None
     length = inputs["input_ids"].shape[1]
     if not row.response and length > cfg.max_prompt_length:
-        raise DataError(f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels")
+        raise DataError(
+            f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels"
+        )
     return Prompt(row, images, dict(inputs))
 
 
 def encode_response(policy: Policy, text: str) -> torch.Tensor:
     """(C,) token ids of a response and its end token: what the warm-up learns, no more and no less."""
-    return torch.tensor(policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.processor.tokenizer.eos_token_id])
+    return torch.tensor(
+        policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.processor.tokenizer.eos_token_id]
+    )
 
 
 def collate(prompts: list[Prompt], completions: list[torch.Tensor] | None, pad_id: int, device) -> dict[str, torch.Tensor]:
@@ -414,7 +460,9 @@ class Rollout:
 
 
 @torch.no_grad()
-def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float) -> list[Rollout]:
+def generate_rollouts(
+    policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float
+) -> list[Rollout]:
     """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy."""
     policy.eval()
     rollouts, size = [], max(1, cfg.generate_batch_size // n)
@@ -432,7 +480,9 @@ def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config
 def decode_plain(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
     """transformers' generate, for any model. Returns [((C,) tokens, None)] for P * n responses."""
     batch = collate(prompts, None, policy.pad_id, policy.device)
-    sampling = dict(do_sample=True, temperature=temperature, top_p=cfg.top_p, top_k=0) if temperature else dict(do_sample=False)
+    sampling = (
+        dict(do_sample=True, temperature=temperature, top_p=cfg.top_p, top_k=0) if temperature else dict(do_sample=False)
+    )
     ids = policy.model.generate(
         **batch, **sampling, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens, repetition_penalty=1.0,
         suppress_tokens=policy.banned_ids or None, eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
@@ -457,7 +507,10 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperatu
     out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache, mask = out.past_key_values, batch["attention_mask"].repeat_interleave(n, 0)  # (P * n, T)
     cache.batch_repeat_interleave(n)
-    logits, next_position = out.logits[:, -1].repeat_interleave(n, 0), next_position.repeat_interleave(n, 0)  # (P * n, V), (P * n, 1)
+    logits, next_position = (
+        out.logits[:, -1].repeat_interleave(n, 0),
+        next_position.repeat_interleave(n, 0),
+    )  # (P * n, V), (P * n, 1)
     alive, ends = torch.arange(len(mask), device=policy.device), torch.tensor(policy.end_ids, device=policy.device)
     sampled, logprobs = [[] for _ in mask], [[] for _ in mask]
     for step in range(cfg.max_new_tokens):
@@ -480,7 +533,9 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperatu
     return [(torch.tensor(tokens), torch.tensor(values)) for tokens, values in zip(sampled, logprobs)]
 
 
-def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_tokens(
+    logits: torch.Tensor, temperature: float, top_p: float, banned: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row of logits (B, V), and its log-prob under the full softmax at the temperature.
 
     That log-prob is what the training forward computes for the token: it is taken before the ban and before top-p.
@@ -550,7 +605,9 @@ def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]
     tails = torch.full((G, L), policy.pad_id)
     for i, c in enumerate(completions):
         tails[i, : len(c) - 1] = c[:-1]  # a completion's last token predicts nothing: it is no input
-    tail_positions = (next_position + torch.arange(L, device=policy.device)).repeat(1, G).expand(3, 1, -1)  # each follows the prompt
+    tail_positions = (
+        (next_position + torch.arange(L, device=policy.device)).repeat(1, G).expand(3, 1, -1)
+    )  # each follows the prompt
     hidden = policy.model.base_model(
         input_ids=torch.cat([inputs["input_ids"], tails.view(1, -1).to(policy.device)], 1),  # (1, T + G * L)
         position_ids=torch.cat([positions, tail_positions], -1), use_cache=False, shared_prefix=(T, G),
@@ -708,7 +765,9 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     trained = [p for p in policy.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+    model, optimizer = accelerator.prepare(
+        policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    )
     return model.train(), optimizer
 
 
@@ -765,7 +824,9 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
         run = not old["finished"]
         changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
         if asked or run:
-            changed += [f"{n} was {old['settings'].get(n)!r}, now {v!r}" for n, v in settings.items() if old["settings"].get(n) != v]
+            changed += [
+                f"{n} was {old['settings'].get(n)!r}, now {v!r}" for n, v in settings.items() if old["settings"].get(n) != v
+            ]
         if changed:
             raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
                               + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
@@ -784,7 +845,9 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
 def finish_stage(folder: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(folder / "stage.json", {**json.loads((folder / "stage.json").read_text()), "finished": str(time.time_ns())})
+        write_json(
+            folder / "stage.json", {**json.loads((folder / "stage.json").read_text()), "finished": str(time.time_ns())}
+        )
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
@@ -893,7 +956,9 @@ def shuffled_batch(rows: list, step: int, batch_size: int, seed) -> list:
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(position, len(rows))
         if not batch or i == 0:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode())))
+            order = torch.randperm(
+                len(rows), generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
+            )
         batch.append(rows[order[i]])
     return batch
 
@@ -912,18 +977,24 @@ def micro_batches(items: list, cfg: Config) -> list[list]:
     return [items[i : i + cfg.micro_batch_size] for i in range(0, len(items), cfg.micro_batch_size)]
 
 
-def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, seconds: dict, bar: tqdm, accelerator, shown: list[str]) -> None:
+SHOWN = ("reward", "clip", "keyword", "format", "length", "accuracy", "kl", "entropy", "tied_groups", "length_tokens", "truncated",
+         "loss", "grad_norm")  # fmt: skip
+
+
+def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, seconds: dict, bar: tqdm, accelerator) -> None:
     """metrics.jsonl (the same on every run with one seed), timing.jsonl (not so), a line on the screen, trackers."""
     metrics = {name: float(f"{value:.6g}") if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    timing = {**{name: round(value, 3) for name, value in seconds.items()}, "peak_gib": round(peak / 2**30, 2)}
+    cuda, used = accelerator.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF)
+    timing = {f"{name}_s": round(value, 3) for name, value in seconds.items()}
+    timing |= {f"{name}_tokens_per_s": round(metrics["tokens"] / value, 1) for name, value in seconds.items()}
+    timing["peak_gib"] = round((torch.cuda.max_memory_allocated() if cuda else used.ru_maxrss * 1024) / 2**30, 2)
     accelerator.log({**metrics, **timing}, step=step)
     if accelerator.is_main_process:
         append_jsonl(folder / "metrics.jsonl", [{"step": step, **metrics}])
         append_jsonl(folder / "timing.jsonl", [{"step": step, **timing}])
-        line = "  ".join(f"{name} {float(metrics[name]):.3g}" for name in dict.fromkeys(shown) if name in metrics)
         if cfg.stage != "warmup" or (cfg.print_every and step % cfg.print_every == 0):  # warm-up steps are many and short
-            bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds[n] for n in seconds if not n.endswith('per_s')):.1f} s")
+            line = "  ".join(f"{name} {float(metrics[name]):.3g}" for name in SHOWN if name in metrics)
+            bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds.values()):.1f} s")
         bar.set_postfix({name: f"{float(metrics[name]):.3f}" for name in ("loss", "reward", "accuracy") if name in metrics})
     bar.update()
 
@@ -959,9 +1030,8 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 
         lr = set_learning_rate(optimizer, cfg, step - 1, total)
         metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(examples, cfg), loss_of)
-        seconds = time.perf_counter() - clock
-        log_step(folder, cfg, step, total, {**metrics, "learning_rate": lr},
-                 {"update_s": seconds, "update_tokens_per_s": float(tokens) / seconds}, bar, accelerator, ["loss", "grad_norm"])  # fmt: skip
+        metrics |= {"learning_rate": lr, "tokens": float(tokens)}
+        log_step(folder, cfg, step, total, metrics, {"update": time.perf_counter() - clock}, bar, accelerator)
         if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
             save_checkpoint(folder, step, accelerator)
     bar.close()
@@ -972,7 +1042,9 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
 
-def answer_questions(policy: Policy, rows: list[Row], n: int, temperature: float, cfg: Config, clip, path: Path, accelerator) -> list[dict]:
+def answer_questions(
+    policy: Policy, rows: list[Row], n: int, temperature: float, cfg: Config, clip, path: Path, accelerator
+) -> list[dict]:
     """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped.
 
     Questions go through in fixed chunks with a seed each, so that an interrupted run gives the lines of a whole one.
@@ -989,7 +1061,9 @@ def answer_questions(policy: Policy, rows: list[Row], n: int, temperature: float
         if any(row.qid not in done for row in chunk):
             seed_step(cfg, path.stem, start, accelerator.process_index)
             mine = chunk[accelerator.process_index :: accelerator.num_processes]
-            rollouts = generate_rollouts(policy, [encode_prompt(policy, row, cfg, instruction) for row in mine], n, cfg, accelerator, temperature)
+            rollouts = generate_rollouts(
+                policy, [encode_prompt(policy, row, cfg, instruction) for row in mine], n, cfg, accelerator, temperature
+            )
             score_rollouts(rollouts, clip)
             groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
             records = [
@@ -1014,7 +1088,9 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
     split = {"easy": [], "medium": [], "hard": []}
     for row in rows:
         if len(scores[row.qid]) != n:
-            raise DataError(f"question {row.qid} has {len(scores[row.qid])} scores instead of {n}: delete rollouts.jsonl and sample again")
+            raise DataError(
+                f"question {row.qid} has {len(scores[row.qid])} scores instead of {n}: delete rollouts.jsonl and sample again"
+            )
         right = sum(scores[row.qid])
         split["easy" if right == n else "hard" if right == 0 else "medium"].append(row)
     return split
@@ -1030,7 +1106,9 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     need = ("answer",) if folder.name == "sample_base" else ("answer", "key_words")  # warm-up rows have no keywords
     rows = checked_rows(data_path, cfg, policy, accelerator, need)
     policy.to(accelerator.device)
-    records = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator)
+    records = answer_questions(
+        policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator
+    )
     split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
     right = [int(sum(record["scores"])) for record in records]
     summary = {
@@ -1039,7 +1117,9 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
         "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
         "truncated": round(sum(sum(record["truncated"]) for record in records) / len(records) / cfg.group_size, 4),
-        "image_root": os.path.relpath(os.path.abspath(cfg.image_root or default_image_root(data_path)), os.path.abspath(folder)),  # of the three files
+        "image_root": os.path.relpath(
+            os.path.abspath(cfg.image_root or default_image_root(data_path)), os.path.abspath(folder)
+        ),  # of the three files
     }
     if accelerator.is_main_process:
         for name, part in split.items():
@@ -1055,17 +1135,19 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, clip, reward_weights: dict, accelerator):
     """Rollouts, rewards and advantages for this process's questions; `spare` questions replace groups without spread.
 
-    Returns (rollouts, whole groups in order; number of groups replaced; seconds).
+    Returns (rollouts, whole groups in order; seconds).
     """
-    G, instruction, groups, replaced = cfg.group_size, read_instruction(cfg), [], 0
-    seconds = {"rollout_s": 0.0, "reward_s": 0.0}
+    G, instruction, groups = cfg.group_size, read_instruction(cfg), []
+    seconds = {"rollout": 0.0, "reward": 0.0}
     for attempt in range(cfg.resample_rounds + 1):
         clock = time.perf_counter()
-        rollouts = generate_rollouts(policy, [encode_prompt(policy, row, cfg, instruction) for row in rows], G, cfg, accelerator, cfg.temperature)
-        seconds["rollout_s"] += time.perf_counter() - clock
+        rollouts = generate_rollouts(
+            policy, [encode_prompt(policy, row, cfg, instruction) for row in rows], G, cfg, accelerator, cfg.temperature
+        )
+        seconds["rollout"] += time.perf_counter() - clock
         clock = time.perf_counter()
         score_rollouts(rollouts, clip)
-        seconds["reward_s"] += time.perf_counter() - clock
+        seconds["reward"] += time.perf_counter() - clock
         for rollout in rollouts:
             rollout.reward = total_reward(rollout.parts, reward_weights)
         groups += [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
@@ -1073,16 +1155,27 @@ def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, cli
         rows, spare = spare[: len(tied)], spare[len(tied) :]
         if attempt == cfg.resample_rounds or not rows:
             break
-        groups = [group for i, group in enumerate(groups) if i not in tied[: len(rows)]]  # their places go to the new questions
-        replaced += len(rows)
+        groups = [
+            group for i, group in enumerate(groups) if i not in tied[: len(rows)]
+        ]  # their places go to the new questions
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
     for group, advantages in zip(groups, group_advantages(rewards, cfg.advantage_eps, cfg.advantage_std).tolist()):
         for rollout, advantage in zip(group, advantages):
             rollout.advantage = advantage
-    return [r for group in groups for r in group], replaced, seconds
+    return [r for group in groups for r in group], seconds
 
 
-UPDATE_METRICS = ("loss", "kl", "entropy", "clipped_low", "clipped_high", "clipped_dual", "grad_norm", "skipped_updates", "masked_updates")
+UPDATE_METRICS = (
+    "loss",
+    "kl",
+    "entropy",
+    "clipped_low",
+    "clipped_high",
+    "clipped_dual",
+    "grad_norm",
+    "skipped_updates",
+    "masked_updates",
+)
 
 
 def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accelerator, off_policy: bool) -> dict[str, float]:
@@ -1090,7 +1183,9 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
     since it sampled them."""
     device = accelerator.device
     trains = lambda r: not (cfg.mask_truncated and r.truncated)
-    counts = torch.tensor([sum(len(r.tokens) for r in rollouts if trains(r)), sum(trains(r) for r in rollouts)], device=device)
+    counts = torch.tensor(
+        [sum(len(r.tokens) for r in rollouts if trains(r)), sum(trains(r) for r in rollouts)], device=device
+    )
     tokens, sequences = accelerator.reduce(counts, "sum").tolist()
     if tokens == 0:  # the whole update is truncated and masked: nothing to learn, and weight decay alone must not act
         return dict.fromkeys(UPDATE_METRICS, 0.0) | {"masked_updates": 1.0}
@@ -1104,23 +1199,54 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
         ref = padded([r.ref_logprobs for r in batch]) if cfg.kl_coef else None
         mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
         weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
-        loss, metrics = grpo_loss(logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, tokens, cfg)
+        loss, metrics = grpo_loss(
+            logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, tokens, cfg
+        )
         return loss, {**metrics, "entropy": (entropy * mask).sum() / tokens}
 
     metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(rollouts, cfg), loss_of)
     return dict.fromkeys(UPDATE_METRICS, 0.0) | metrics
 
 
-def rollout_metrics(rollouts: list[Rollout], cfg: Config, accelerator) -> dict[str, float]:
+def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg: Config, accelerator) -> dict[str, float]:
+    """One epoch over this process's rollouts: as many updates as the step has update batches. Returns their mean metrics."""
+    if reference is not None:
+        for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, cfg, accelerator)):
+            rollout.ref_logprobs = logprobs
+    size = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
+    unknown = [r for r in rollouts[size:] if r.old_logprobs is None]  # the plain engine does not tell them
+    for rollout, logprobs in zip(unknown, rollout_logprobs(model, unknown, cfg, accelerator)):
+        rollout.old_logprobs = logprobs
+    updates = []
+    for start in range(0, len(rollouts), size):
+        off_policy = start > 0  # at the first update the policy is still the one that sampled
+        updates.append(update_policy(rollouts[start : start + size], model, optimizer, cfg, accelerator, off_policy))
+    metrics = {name: sum(update[name] for update in updates) for name in UPDATE_METRICS}
+    return {name: value if name.endswith("_updates") else value / len(updates) for name, value in metrics.items()}
+
+
+def rollout_metrics(rollouts: list[Rollout], clip, cfg: Config, accelerator) -> dict[str, float]:
     """Means over all processes: reward and its parts, their spread within groups, groups without spread, lengths."""
-    mine = [{"reward": r.reward, **r.parts, "length_tokens": len(r.tokens), "truncated": float(r.truncated)} for r in rollouts]
-    everyone = gather_object(mine)
-    metrics = {}
+    mine = [
+        {"reward": r.reward, **r.parts, "length_tokens": len(r.tokens), "truncated": float(r.truncated)} for r in rollouts
+    ]
+    everyone, metrics = gather_object(mine), {}
     for name in sorted({name for record in everyone for name in record}):
         values = [record[name] for record in everyone if name in record]  # a part that does not apply to a row is not there
         metrics[name] = sum(values) / len(values)
     rewards = torch.tensor([record["reward"] for record in everyone]).view(-1, cfg.group_size)  # (P, G)
-    return {**metrics, "reward_std": float(rewards.std(dim=1).mean()), "tied_groups": float(is_tied(rewards).float().mean())}
+    metrics |= {"reward_std": float(rewards.std(dim=1).mean()), "tied_groups": float(is_tied(rewards).float().mean())}
+    metrics["tokens"] = sum(record["length_tokens"] for record in everyone)
+    if clip:
+        metrics["clip_cut_texts"], clip.cut_texts = sum(gather_object([clip.cut_texts])), 0
+    return metrics
+
+
+def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tuple[list[Row], list[Row]]:
+    """This process's questions of a step, and others that may replace those whose groups have no spread."""
+    batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
+    spare = shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, f"{cfg.seed} spare")
+    return batch, [row for row in local_share(spare, accelerator) if row not in batch]
 
 
 def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
@@ -1146,34 +1272,15 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
     for step in range(start + 1, total + 1):
         seed_step(cfg, cfg.stage, step, accelerator.process_index)
-        batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
-        spare = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, f"{cfg.seed} spare"), accelerator)
-        spare = [row for row in spare if row not in batch]
-        rollouts, replaced, seconds = collect_rollouts(policy, batch, spare, cfg, clip, reward_weights, accelerator)
-        metrics = rollout_metrics(rollouts, cfg, accelerator)
-        if cfg.resample_rounds:
-            metrics["resampled_groups"] = sum(gather_object([replaced])) / cfg.rollout_batch_size
+        batch, spare = step_questions(rows, step, cfg, accelerator)
+        rollouts, seconds = collect_rollouts(policy, batch, spare, cfg, clip, reward_weights, accelerator)
+        metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
         clock = time.perf_counter()
-        per_update = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
-        if cfg.kl_coef:
-            for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, cfg, accelerator)):
-                rollout.ref_logprobs = logprobs
-        unknown = [r for r in rollouts[per_update:] if r.old_logprobs is None]  # the plain engine does not tell them
-        for rollout, logprobs in zip(unknown, rollout_logprobs(model, unknown, cfg, accelerator)):
-            rollout.old_logprobs = logprobs
-        lr = set_learning_rate(optimizer, cfg, step - 1, total)
-        updates = [update_policy(rollouts[i : i + per_update], model, optimizer, cfg, accelerator, off_policy=i > 0)
-                   for i in range(0, len(rollouts), per_update)]  # fmt: skip
-        for name in UPDATE_METRICS:
-            metrics[name] = sum(update[name] for update in updates) / (1 if name.endswith("_updates") else len(updates))
-        if clip:
-            metrics["clip_cut_texts"], clip.cut_texts = sum(gather_object([clip.cut_texts])), 0
-        seconds["update_s"] = time.perf_counter() - clock
-        tokens = metrics["length_tokens"] * cfg.rollout_batch_size * cfg.group_size
-        seconds |= {f"{name}_tokens_per_s": tokens / seconds[f"{name}_s"] for name in ("rollout", "update")}
+        metrics["learning_rate"] = set_learning_rate(optimizer, cfg, step - 1, total)
+        metrics |= update_on_rollouts(rollouts, model, reference, optimizer, cfg, accelerator)
+        seconds["update"] = time.perf_counter() - clock
         report_rollouts(folder, cfg, step, rollouts, bar, accelerator)
-        log_step(folder, cfg, step, total, {**metrics, "learning_rate": lr}, seconds, bar, accelerator,
-                 ["reward", *reward_weights, "accuracy", "keyword", "kl", "entropy", "tied_groups", "length_tokens", "truncated", "grad_norm"])  # fmt: skip
+        log_step(folder, cfg, step, total, metrics, seconds, bar, accelerator)
         if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
             save_checkpoint(folder, step, accelerator)
     bar.close()
@@ -1211,12 +1318,16 @@ def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, acceler
     policy.to(accelerator.device)
     scores = {}
     for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
-        records = answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)
+        records = answer_questions(
+            policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator
+        )
         flat = [{**parts, "tokens": tokens, "truncated": float(truncated)} for record in records
                 for parts, tokens, truncated in zip(record["parts"], record["tokens"], record["truncated"])]  # fmt: skip
         scores[mode] = {"questions": len(rows), "responses_each": n, "temperature": temperature}
         for name in COLUMNS:
-            values = [record[name] for record in flat if name in record]  # rows without keywords or pictures have no such part
+            values = [
+                record[name] for record in flat if name in record
+            ]  # rows without keywords or pictures have no such part
             scores[mode][name] = round(sum(values) / len(values), 4) if values else None
     if clip and (cut := sum(gather_object([clip.cut_texts]))):
         accelerator.print(f"{cut} sentences were longer than CLIP's text window; it saw the beginning of them")
@@ -1230,10 +1341,17 @@ def evaluation_table(folders: dict[str, Path]) -> str:
     for mode in ("greedy", "sampled"):
         for name, folder in folders.items():
             scores = json.loads((folder / "scores.json").read_text())[mode]
-            cells = [f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in COLUMNS]
+            cells = [
+                f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in COLUMNS
+            ]
             lines.append(f"{name:<12}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells))
     scores = json.loads((next(iter(folders.values())) / "scores.json").read_text())["sampled"]
-    return "\n".join(lines + [f"{scores['questions']} questions; sampled: {scores['responses_each']} responses each, T = {scores['temperature']}"])
+    return "\n".join(
+        lines
+        + [
+            f"{scores['questions']} questions; sampled: {scores['responses_each']} responses each, T = {scores['temperature']}"
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1294,7 +1412,9 @@ def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
     data = cfg.from_data or cfg.test_data
     for name, model in models.items():
-        if begin_stage(folder / name, cfg, {"model": model, "data": data, "instruction": cfg.prompt_file}, True, accelerator):
+        if begin_stage(
+            folder / name, cfg, {"model": model, "data": data, "instruction": cfg.prompt_file}, True, accelerator
+        ):
             evaluate(cfg, model, data, folder / name, accelerator)
             finish_stage(folder / name, accelerator)
     table = evaluation_table({name: folder / name for name in models})

@@ -222,7 +222,9 @@ class ClipScorer:
         pictures = {id(image): image for images in image_lists for image in images}
         position = {key: i for i, key in enumerate(pictures)}
         pixels = torch.stack([self.preprocess(image) for image in pictures.values()])
-        encode = lambda encoder, items: torch.cat([encoder(part.to(self.device), normalize=True).float() for part in items.split(CLIP_BATCH)])
+        encode = lambda encoder, items: torch.cat(
+            [encoder(part.to(self.device), normalize=True).float() for part in items.split(CLIP_BATCH)]
+        )
         image_features = encode(self.model.encode_image, pixels)  # (pictures, D)
         windows = [self.windows(text) for text in texts]
         flat = list(dict.fromkeys(window for own in windows for window in own))
@@ -246,7 +248,9 @@ class ClipScorer:
 # All parts of a batch of responses, and their sum
 
 
-def score_parts(rows, images: list[list], responses: list[str], num_tokens: list[int], clip: ClipScorer | None) -> list[dict]:
+def score_parts(
+    rows, images: list[list], responses: list[str], num_tokens: list[int], clip: ClipScorer | None
+) -> list[dict]:
     """Every part of the reward for each response.
 
     rows: data.Row of each response; images: its pictures (PIL); num_tokens: its completion length; clip: None leaves

@@ -23,7 +23,9 @@ from data import DataError, Row
 from pebr import Config, ConfigError, Prompt, Rollout
 
 torch.set_num_threads(1)
-TINY = data.ToyConfig(sft_rows=16, rl_rows=8, test_rows=6, hidden=64, text_layers=2, vision_layers=1, clip_steps=2, clip_batch=8)
+TINY = data.ToyConfig(
+    sft_rows=16, rl_rows=8, test_rows=6, hidden=64, text_layers=2, vision_layers=1, clip_steps=2, clip_batch=8
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,9 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def cfg(toy):
-    return pebr.resolve("perception", {"run_dir": str(toy.parent), "group_size": 3, "max_new_tokens": 12, "micro_batch_size": 4})
+    return pebr.resolve(
+        "perception", {"run_dir": str(toy.parent), "group_size": 3, "max_new_tokens": 12, "micro_batch_size": 4}
+    )
 
 
 @pytest.fixture
@@ -65,13 +69,24 @@ def families(tmp_path_factory):
     """A tiny random model folder of each fast family, and of one that takes the plain path."""
     import transformers as hf
 
-    folder, toy_processor = tmp_path_factory.mktemp("families"), data.toy_processor("user assistant red blue and How many objects ? all left".split())
+    folder, toy_processor = (
+        tmp_path_factory.mktemp("families"),
+        data.toy_processor("user assistant red blue and How many objects ? all left".split()),
+    )
     tokenizer, images, videos = toy_processor.tokenizer, toy_processor.image_processor, toy_processor.video_processor
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")
+    }
     text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 head_dim=16, max_position_embeddings=512, initializer_range=0.125, bos_token_id=0, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])  # fmt: skip
     mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-    marks = dict(image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    marks = dict(
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+    )
     vision = dict(hidden_size=64, num_heads=4, initializer_range=0.125, depth=2)
     size = {"height": 28, "width": 28}
     make = {
@@ -256,8 +271,12 @@ def test_a_part_that_does_not_apply_is_left_out(toy):
 def test_group_advantages_are_normalized_with_the_unbiased_std():
     # rewards 0, 1, 2: mean 1, unbiased std 1 -> -1, 0, 1.  rewards 0, 0, 0, 1: mean 1/4, std 1/2 -> -1/2 three times, 3/2
     assert torch.allclose(pebr.group_advantages(torch.tensor([[0.0, 1.0, 2.0]]), 0), torch.tensor([[-1.0, 0.0, 1.0]]))
-    assert torch.allclose(pebr.group_advantages(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 0), torch.tensor([[-0.5, -0.5, -0.5, 1.5]]))
-    assert torch.allclose(pebr.group_advantages(torch.tensor([[0.0, 1.0, 3.0]]), divide_by_std=False), torch.tensor([[-4 / 3, -1 / 3, 5 / 3]]))
+    assert torch.allclose(
+        pebr.group_advantages(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 0), torch.tensor([[-0.5, -0.5, -0.5, 1.5]])
+    )
+    assert torch.allclose(
+        pebr.group_advantages(torch.tensor([[0.0, 1.0, 3.0]]), divide_by_std=False), torch.tensor([[-4 / 3, -1 / 3, 5 / 3]])
+    )
 
 
 def test_a_tied_group_has_advantage_exactly_zero():
@@ -286,7 +305,9 @@ def test_k3_is_zero_at_equality_and_never_negative():
 def test_clip_acts_only_on_the_right_side_of_each_sign(ratio, advantage, loss, gradient_flows):
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     one = torch.ones(1, 1)
-    value, metrics = pebr.grpo_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), one, one, 1, Config(kl_coef=0))
+    value, metrics = pebr.grpo_loss(
+        logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), one, one, 1, Config(kl_coef=0)
+    )
     value.backward()
     assert value.item() == pytest.approx(loss)
     assert (logprobs.grad.abs().item() > 0) == gradient_flows
@@ -297,7 +318,9 @@ def test_clip_acts_only_on_the_right_side_of_each_sign(ratio, advantage, loss, g
 
 def test_kl_is_added_with_its_coefficient():
     one = torch.ones(1, 1)
-    loss, metrics = pebr.grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1), one, one, 1, Config(kl_coef=0.5))
+    loss, metrics = pebr.grpo_loss(
+        torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1), one, one, 1, Config(kl_coef=0.5)
+    )
     assert metrics["kl"].item() == pytest.approx(math.e - 2)  # exp(1) - 1 - 1
     assert loss.item() == pytest.approx(0.5 * (math.e - 2))
 
@@ -306,7 +329,9 @@ def test_metrics_are_means_over_tokens_whatever_the_loss_mean():
     mask, cfg = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), Config(kl_coef=0.5)
     for loss_mean in ("token", "sequence", "constant"):
         weights = pebr.token_weights(mask, loss_mean, {"tokens": 3, "sequences": 2}, 10)
-        _, metrics = pebr.grpo_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), mask, weights, 3, cfg)
+        _, metrics = pebr.grpo_loss(
+            torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2), mask, weights, 3, cfg
+        )
         assert metrics["kl"].item() == pytest.approx(math.e - 2)
 
 
@@ -321,7 +346,9 @@ def test_loss_means_weigh_tokens_as_their_papers_say():
 
 def test_sequence_ratio_is_the_geometric_mean_over_the_response():
     logprobs, mask = torch.tensor([[math.log(1.1), math.log(1.21), 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    loss, _ = pebr.grpo_loss(logprobs, torch.zeros(1, 3), None, torch.ones(1), mask, mask / 2, 2, Config(kl_coef=0, ratio="sequence"))
+    loss, _ = pebr.grpo_loss(
+        logprobs, torch.zeros(1, 3), None, torch.ones(1), mask, mask / 2, 2, Config(kl_coef=0, ratio="sequence")
+    )
     assert loss.item() == pytest.approx(-math.sqrt(1.1 * 1.21))  # below 1 + 0.3, so not clipped
 
 
@@ -343,8 +370,12 @@ def test_one_and_four_ragged_micro_batches_give_equal_gradients(policy, cfg, tmp
     ref = pebr.rollout_logprobs(policy, rollouts, cfg, accelerator)
     for rollout, logprobs in zip(rollouts, ref):
         rollout.ref_logprobs = logprobs - 0.1
-    whole = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=12, loss_mean=loss_mean, grad_clip=1e9), accelerator)
-    parts = gradients(policy, rollouts, pebr.replace(cfg, micro_batch_size=3, loss_mean=loss_mean, grad_clip=1e9), accelerator)
+    whole = gradients(
+        policy, rollouts, pebr.replace(cfg, micro_batch_size=12, loss_mean=loss_mean, grad_clip=1e9), accelerator
+    )
+    parts = gradients(
+        policy, rollouts, pebr.replace(cfg, micro_batch_size=3, loss_mean=loss_mean, grad_clip=1e9), accelerator
+    )
     assert max(g.abs().max() for g in whole.values()) > 1e-3
     for name in whole:
         assert torch.allclose(whole[name], parts[name], atol=1e-6), name
@@ -376,7 +407,9 @@ def test_off_policy_updates_use_the_samplers_logprobs(policy, cfg, tmp_path, acc
     for rollout, logprobs in zip(rollouts, pebr.rollout_logprobs(policy, rollouts, cfg, accelerator)):
         rollout.old_logprobs = logprobs - math.log(1.25)  # so that every ratio is 1.25, within the clip
     cfg, optimizer = pebr.replace(cfg, kl_coef=0.0), torch.optim.SGD(policy.parameters(), lr=0.0)
-    losses = [pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy)["loss"] for off_policy in (True, False)]
+    losses = [
+        pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy)["loss"] for off_policy in (True, False)
+    ]
     assert losses == pytest.approx([-1.25, -1.0], abs=1e-4)
 
 
@@ -409,7 +442,13 @@ def test_logprobs_equal_the_logits_of_generate(policy, cfg, tmp_path):
     """Left-padded, two picture sizes and none, times G; then in shuffled micro-batches, each alone, and after a generate of
     another batch size has left its position state on the model."""
     torch.manual_seed(0)
-    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects are there ?", "all left"))
+    prompts = prompts_of(
+        policy,
+        cfg,
+        tmp_path,
+        sizes=((56, 56), (112, 84), None),
+        words=("red", "How many red objects are there ?", "all left"),
+    )
     G = 3
     tokens, expected = generate_logprobs(policy, prompts, G, cfg)
     repeated = [p for p in prompts for _ in range(G)]
@@ -435,8 +474,12 @@ def test_several_pictures_in_one_row_equal_generate_too(policy, cfg, tmp_path):
 
 def grouped_rollouts(policy, cfg, tmp_path):
     """Ragged groups: two picture sizes, no picture, two pictures; one response of a single token, one group all truncated."""
-    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left"))
-    two = Row("", "2", "red <image> and blue <image>", "1", [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (84, 56))])
+    prompts = prompts_of(
+        policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left")
+    )
+    two = Row(
+        "", "2", "red <image> and blue <image>", "1", [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (84, 56))]
+    )
     prompts.append(pebr.encode_prompt(policy, two, cfg, "{question}"))
     lengths, rollouts = [9, 1, 4, 7, 3, 2, 5, 5, 5, 12, 12, 12], []
     generator = torch.Generator().manual_seed(1)
@@ -448,8 +491,12 @@ def grouped_rollouts(policy, cfg, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES[:3])
-def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(families, kind, cfg, tmp_path, accelerator, checkpointing):
-    policy, plain = (pebr.load_policy(str(families / kind), pebr.replace(cfg, engine=engine)) for engine in ("auto", "plain"))
+def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(
+    families, kind, cfg, tmp_path, accelerator, checkpointing
+):
+    policy, plain = (
+        pebr.load_policy(str(families / kind), pebr.replace(cfg, engine=engine)) for engine in ("auto", "plain")
+    )
     assert policy.fast and not plain.fast
     rollouts = grouped_rollouts(policy, cfg, tmp_path)
     cfg = pebr.replace(cfg, kl_coef=0.0, grad_clip=1e9)
@@ -459,7 +506,10 @@ def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(fami
     of = lambda p: p([r.prompt for r in rollouts], [r.tokens for r in rollouts], 1.2)
     for fast_values, plain_values in zip(of(policy), of(plain)):  # log-probs, entropy, mask
         assert torch.allclose(fast_values, plain_values, atol=1e-4)
-    fast_gradients, plain_gradients = gradients(policy, rollouts, cfg, accelerator), gradients(plain, rollouts, cfg, accelerator)
+    fast_gradients, plain_gradients = (
+        gradients(policy, rollouts, cfg, accelerator),
+        gradients(plain, rollouts, cfg, accelerator),
+    )
     assert fast_gradients.keys() == plain_gradients.keys() and max(g.abs().max() for g in plain_gradients.values()) > 1e-2
     for name, expected in plain_gradients.items():
         assert torch.allclose(fast_gradients[name], expected, atol=1e-5), name
@@ -467,7 +517,9 @@ def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(fami
 
 @pytest.mark.parametrize("kind", FAMILIES[:3])
 def test_prefill_once_decodes_the_tokens_of_plain_generate(families, kind, cfg, tmp_path, accelerator):
-    policy, plain = (pebr.load_policy(str(families / kind), pebr.replace(cfg, engine=engine)) for engine in ("auto", "plain"))
+    policy, plain = (
+        pebr.load_policy(str(families / kind), pebr.replace(cfg, engine=engine)) for engine in ("auto", "plain")
+    )
     prompts = [r.prompt for r in grouped_rollouts(policy, cfg, tmp_path)][::3]
     cfg = pebr.replace(cfg, max_new_tokens=40)
     for batch in (prompts, prompts[:1], prompts[2:3]):  # padded, alone, no picture in the whole batch
@@ -481,7 +533,9 @@ def test_another_family_takes_the_plain_path_and_trains(families, cfg, tmp_path,
     torch.manual_seed(0)
     policy = pebr.load_policy(str(families / "llava"), cfg)
     assert not policy.fast
-    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left"))
+    prompts = prompts_of(
+        policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left")
+    )
     tokens, expected = generate_logprobs(policy, prompts, 2, cfg)
     got, _, _ = policy([p for p in prompts for _ in range(2)], list(tokens), cfg.temperature)
     assert torch.allclose(got, expected, atol=1e-4)
@@ -513,7 +567,10 @@ def test_sampled_tokens_follow_temperature_and_top_p_and_avoid_the_ban():
 
 
 def test_another_picture_gives_other_logprobs(policy, cfg, tmp_path):
-    rows = [Row("", "1", "red", "1", [picture(tmp_path / f"{i}.png", color=color)]) for i, color in enumerate([(200, 0, 0), (0, 0, 200)])]
+    rows = [
+        Row("", "1", "red", "1", [picture(tmp_path / f"{i}.png", color=color)])
+        for i, color in enumerate([(200, 0, 0), (0, 0, 200)])
+    ]
     prompts = [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows]
     completion = torch.arange(20, 30)
     got, _, _ = policy(prompts, [completion] * 2, 1.0)
@@ -533,7 +590,9 @@ def test_at_the_first_update_the_ratio_is_exactly_one(policy, cfg, tmp_path, acc
     rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, 1])
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     metrics = pebr.update_policy(rollouts, policy, optimizer, pebr.replace(cfg, kl_coef=0.0), accelerator, off_policy=False)
-    assert metrics["loss"] == pytest.approx(-1, abs=1e-6) and metrics["clipped_high"] == 0  # -(ratio * advantage), 10 tokens / 10
+    assert (
+        metrics["loss"] == pytest.approx(-1, abs=1e-6) and metrics["clipped_high"] == 0
+    )  # -(ratio * advantage), 10 tokens / 10
     assert metrics["grad_norm"] > 1e-3  # the loss value says nothing; the gradient is there
 
 
@@ -592,7 +651,9 @@ def test_the_folders_generation_config_does_not_leak_into_rollouts_and_is_kept_o
     both = []
     for one in (policy, leaky):
         torch.manual_seed(0)
-        both.append([r.text for r in pebr.generate_rollouts(one, prompts_of(one, cfg, tmp_path)[:1], 8, plain, accelerator, 3.0)])
+        both.append(
+            [r.text for r in pebr.generate_rollouts(one, prompts_of(one, cfg, tmp_path)[:1], 8, plain, accelerator, 3.0)]
+        )
     assert both[0] == both[1]
     assert GenerationConfig.from_pretrained(tmp_path / "model").no_repeat_ngram_size == 1
 
@@ -601,7 +662,9 @@ def test_special_tokens_are_not_doubled(policy, cfg, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     begin = policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")  # a tokenizer that adds a begin token by itself
-    policy.processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)])
+    policy.processor.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
     assert policy.processor.tokenizer("red")["input_ids"][0] == begin
     ids = prompts_of(policy, cfg, tmp_path)[0].inputs["input_ids"][0].tolist()
     assert ids.count(begin) == 2  # user and assistant, as in the template
@@ -650,7 +713,10 @@ ROW = {"qid": "1", "problem": "<image>How many?", "answer": "3", "images": ["a.p
         ({"qid": "0"}, "qid 0 is already that of rows.json row 0"),
         ({"images": ["broken.png"]}, "is not readable"),
         ({"images": ["line.png"]}, "the processor refuses it"),  # 1 x 300 pixels
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no sections"}]}, "no answer to grade against"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no sections"}]},
+            "no answer to grade against",
+        ),
         ({"messages": [{"role": "user", "content": "q"}]}, "messages must be (system,) user, assistant"),
         ({"problem": "How many? " * 3000}, "--max_prompt_length is 64"),
     ],
@@ -673,7 +739,16 @@ def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tm
     assert "dropped 1 broken rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, reason", [("", "no rows"), ("[]", "no rows"), ("{oops", "neither a JSON list"), ("[1, 2", "neither a JSON list"), ("[" * 100_000, "neither a JSON list")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "no rows"),
+        ("[]", "no rows"),
+        ("{oops", "neither a JSON list"),
+        ("[1, 2", "neither a JSON list"),
+        ("[" * 100_000, "neither a JSON list"),
+    ],
+)
 def test_a_file_that_is_no_data_file_says_so(tmp_path, text, reason):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=reason):
@@ -687,12 +762,17 @@ def test_json_and_jsonl_give_the_same_rows(tmp_path):
     (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
     read = [data.load_rows(str(tmp_path / name)) for name in ("rows.json", "rows.jsonl")]
-    assert [(r.qid, r.answer, r.images, r.raw) for r in read[0][0]] == [(r.qid, r.answer, r.images, r.raw) for r in read[1][0]]
+    assert [(r.qid, r.answer, r.images, r.raw) for r in read[0][0]] == [
+        (r.qid, r.answer, r.images, r.raw) for r in read[1][0]
+    ]
     assert read[0][1] == read[1][1] == [] and read[0][0][1].answer == "4"
 
 
 def test_image_marks_place_the_pictures_and_without_marks_they_come_first():
-    content = lambda problem, n: [c.get("text", "IMG") for c in data.chat_messages(Row("", "", problem, "", ["x"] * n), "Q: {question}!")[-1]["content"]]
+    content = lambda problem, n: [
+        c.get("text", "IMG")
+        for c in data.chat_messages(Row("", "", problem, "", ["x"] * n), "Q: {question}!")[-1]["content"]
+    ]
     assert content("a <image> b <image>", 2) == ["Q: a ", "IMG", " b ", "IMG", "!"]
     assert content("a b", 2) == ["IMG", "IMG", "Q: a b!"]
     assert content("a b", 0) == ["Q: a b!"]
@@ -721,7 +801,11 @@ def test_the_papers_warmup_filters_drop_and_count(tmp_path):
 def test_difficulty_is_all_some_or_none_right():
     rows = [Row("", q, "", "", []) for q in "abc"]
     split = pebr.split_by_difficulty(rows, {"a": [1.0] * 8, "b": [0.0] * 8, "c": [1, 0, 0, 1, 1, 0, 0, 0]}, 8)
-    assert {name: [row.qid for row in part] for name, part in split.items()} == {"easy": ["a"], "hard": ["b"], "medium": ["c"]}
+    assert {name: [row.qid for row in part] for name, part in split.items()} == {
+        "easy": ["a"],
+        "hard": ["b"],
+        "medium": ["c"],
+    }
 
 
 @pytest.mark.parametrize("n", [7, 16])
@@ -743,13 +827,23 @@ def test_shuffled_batches_cover_each_epoch_once():
 
 def test_defaults_are_the_papers_and_presets_and_flags_follow():
     real = {"model": "some/folder"}
-    assert pebr.resolve("perception", real).rollout_batch_size == 560 and pebr.resolve("reasoning", real).rollout_batch_size == 512
+    assert (
+        pebr.resolve("perception", real).rollout_batch_size == 560
+        and pebr.resolve("reasoning", real).rollout_batch_size == 512
+    )
     assert pebr.resolve("perception", real).update_batch_size == 112 and pebr.resolve("reasoning", real).epochs == 2
     assert pebr.resolve("warmup", real).learning_rate == 1e-5 and pebr.resolve("warmup", real).freeze_vision
     assert not pebr.resolve("warmup", {}).freeze_vision  # the toy starts from random weights
-    flags = pebr.parse_flags(["--learning_rate", "0.5", "--no-freeze_vision", "--gradient_checkpointing", "--temperature", "0.9"])
+    flags = pebr.parse_flags(
+        ["--learning_rate", "0.5", "--no-freeze_vision", "--gradient_checkpointing", "--temperature", "0.9"]
+    )
     asked, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags, asked=False)
-    assert (asked.learning_rate, asked.freeze_vision, asked.gradient_checkpointing, asked.temperature) == (0.5, False, True, 0.9)
+    assert (asked.learning_rate, asked.freeze_vision, asked.gradient_checkpointing, asked.temperature) == (
+        0.5,
+        False,
+        True,
+        0.9,
+    )
     assert implied.learning_rate == pebr.TOY["warmup"]["learning_rate"] and implied.temperature == 0.9
 
 
@@ -760,17 +854,26 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
         (["--stage", "perception", "--clip_dual", "0.5"], "--clip_dual 0.5"),
         (["--stage", "percept"], "--stage percept: must be one of"),
         (["--stage", "perception", "--group_size", "1"], "--group_size 1"),
-        (["--stage", "perception", "--rollout_batch_size", "10", "--update_batch_size", "4"], "is not a multiple of --update_batch_size 4"),
+        (
+            ["--stage", "perception", "--rollout_batch_size", "10", "--update_batch_size", "4"],
+            "is not a multiple of --update_batch_size 4",
+        ),
         (["--loss_mean", "median"], "must be one of token, sequence, constant"),
         (["--top_p", "0"], "--top_p 0.0"),
         (["--learning_rate", "-1"], "must not be negative"),
         (["--min_pixels", "900000"], "is more than --max_pixels"),
         (["--stage", "perception", "--model", "x", "--train_data", "rows.json"], "needs --clip_model"),
         (["--stage", "warmup", "--model", "x", "--train_data", "rows.json"], "needs --sft_data"),
-        (["--stage", "warmup", "--model", "/no/such/folder", "--mixed_precision", "no"], "cannot load a vision-language model"),
+        (
+            ["--stage", "warmup", "--model", "/no/such/folder", "--mixed_precision", "no"],
+            "cannot load a vision-language model",
+        ),
         (["--log_with", "notatracker"], "--log_with notatracker: not installed"),
         (["--seed", "5"], "was made with --seed 0, not 5"),
-        (["--stage", "evaluate", "--clip_model", "local-dir:/no/such/folder"], "--clip_model local-dir:/no/such/folder: no open_clip_config.json"),
+        (
+            ["--stage", "evaluate", "--clip_model", "local-dir:/no/such/folder"],
+            "--clip_model local-dir:/no/such/folder: no open_clip_config.json",
+        ),
     ],
 )
 def test_wrong_flags_stop_with_a_message_that_names_them(argv, reason, tmp_path, toy):
@@ -843,7 +946,9 @@ def test_each_stage_leaves_what_the_readme_promises(toy_run):
     assert len(lines(toy_run / "perception" / "samples.jsonl")) == 2 * 4 * 2  # steps x questions x G
     rows = json.loads((toy_run / "toy" / "train.json").read_text())
     split = [json.loads((toy_run / "sample" / f"{name}.json").read_text()) for name in ("easy", "medium", "hard")]
-    assert sorted(r["qid"] for r in sum(split, [])) == sorted(r["qid"] for r in rows) and all(r in rows for r in sum(split, []))
+    assert sorted(r["qid"] for r in sum(split, [])) == sorted(r["qid"] for r in rows) and all(
+        r in rows for r in sum(split, [])
+    )
     summary = json.loads((toy_run / "sample" / "summary.json").read_text())
     assert summary["questions"] == len(rows) == sum(summary["histogram"].values())
     table = (toy_run / "evaluate" / "table.txt").read_text()
@@ -860,9 +965,13 @@ def test_a_finished_stage_is_kept_and_changed_settings_stop_with_what_changed(to
         run(toy_run, "--stage", "warmup", *SMALL, "--learning_rate", "0.5")
     with pytest.raises(SystemExit, match="its data has changed since"):
         run(toy_run, "--stage", "sample", *SMALL, "--train_data", str(toy_run / "toy" / "test.json"))
-    with pytest.raises(SystemExit, match="warmup was made otherwise:\n  its data has changed since"):  # nor as an earlier stage
+    with pytest.raises(
+        SystemExit, match="warmup was made otherwise:\n  its data has changed since"
+    ):  # nor as an earlier stage
         run(toy_run, "--stage", "sample", *SMALL, "--sft_data", str(toy_run / "toy" / "test.json"))
-    run(toy_run, "--stage", "warmup", *SMALL, "--test_data", "other.json", "--group_size", "3")  # what it does not read may change
+    run(
+        toy_run, "--stage", "warmup", *SMALL, "--test_data", "other.json", "--group_size", "3"
+    )  # what it does not read may change
 
 
 def test_missing_stages_are_made_first_and_a_redone_stage_makes_later_ones_stale(toy, tmp_path):
@@ -889,7 +998,17 @@ def test_two_runs_with_one_seed_give_the_same_metrics_line_by_line(toy_run, toy,
     run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"))
     for name in ("warmup/metrics.jsonl", "perception/metrics.jsonl", "perception/samples.jsonl"):
         assert lines(tmp_path / name) == lines(toy_run / name)
-    run(tmp_path, "--stage", "perception", *SMALL, "--from_data", str(toy / "train.json"), "--temperature", "1.1", "--overwrite")
+    run(
+        tmp_path,
+        "--stage",
+        "perception",
+        *SMALL,
+        "--from_data",
+        str(toy / "train.json"),
+        "--temperature",
+        "1.1",
+        "--overwrite",
+    )
     assert lines(tmp_path / "perception" / "samples.jsonl") != lines(toy_run / "perception" / "samples.jsonl")
 
 
@@ -903,20 +1022,35 @@ def test_another_seed_samples_other_responses(cfg):
 
 def test_a_step_makes_its_updates_from_the_start_model_of_the_stage(toy, toy_run, tmp_path, monkeypatch):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--stage", "reasoning", *SMALL, "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json"), "--learning_rate", "0.001"]
+    argv = [
+        "--stage",
+        "reasoning",
+        *SMALL,
+        "--from_model",
+        str(toy_run / "warmup"),
+        "--from_data",
+        str(toy / "train.json"),
+        "--learning_rate",
+        "0.001",
+    ]
     updates, update_policy = [], pebr.update_policy
 
     def counted(rollouts, model, optimizer, cfg, accelerator, off_policy):
-        updates.append((len(rollouts), off_policy, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
+        updates.append(
+            (len(rollouts), off_policy, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"])
+        )
         return update_policy(rollouts, model, optimizer, cfg, accelerator, off_policy)
 
     monkeypatch.setattr(pebr, "update_policy", counted)
-    run(tmp_path, *argv, "--weight_decay", "0.3", "--resample_rounds", "1")
+    run(tmp_path, *argv, "--weight_decay", "0.3")
     # 2 steps of 4 questions x 2 rollouts, 2 questions an update
     assert updates == [(4, False, 0.001, 0.3), (4, True, 0.001, 0.3)] * 2
     metrics = [json.loads(line) for line in lines(tmp_path / "reasoning" / "metrics.jsonl")]
-    assert metrics[0]["resampled_groups"] > 0  # a random model is never right: its groups are tied
     assert abs(metrics[0]["kl"]) < 1e-5 < metrics[1]["kl"]  # the reference is the model that the stage starts from
+    drawn = [set(json.loads(line)["qid"] for line in lines(tmp_path / "reasoning" / "samples.jsonl")[:8])]
+    run(tmp_path, *argv, "--resample_rounds", "1", "--overwrite")  # an untrained model is never right: every group is tied
+    drawn += [set(json.loads(line)["qid"] for line in lines(tmp_path / "reasoning" / "samples.jsonl")[:8])]
+    assert drawn[1] - drawn[0]
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
@@ -933,18 +1067,37 @@ def test_training_flags_reach_the_model_and_the_optimizer(policy, cfg, tmp_path,
     cfg = pebr.replace(cfg, freeze_vision=True, gradient_checkpointing=True, weight_decay=0.2, kl_coef=0.0, grad_clip=1e-3)
     model, optimizer = pebr.prepare_training(policy, cfg, accelerator)
     assert model.training and policy.model.is_activation_checkpointing and optimizer.param_groups[0]["weight_decay"] == 0.2
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in policy.parameters()) < len(list(policy.parameters()))
+    assert (
+        sum(len(g["params"]) for g in optimizer.param_groups)
+        == sum(p.requires_grad for p in policy.parameters())
+        < len(list(policy.parameters()))
+    )
     norms = []
     monitored = optimizer.step
-    optimizer.step = lambda: norms.append(torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm().item()) or monitored()
-    pebr.update_policy(rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, -1]), model, optimizer, cfg, accelerator, off_policy=False)
+    optimizer.step = lambda: (
+        norms.append(torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm().item())
+        or monitored()
+    )
+    pebr.update_policy(
+        rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, -1]), model, optimizer, cfg, accelerator, off_policy=False
+    )
     assert norms == [pytest.approx(1e-3, rel=1e-2)]  # clipped
 
 
 def run_script(tmp_path, launcher, *argv):
     """pebr.py in processes of its own, as a user starts it."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, str(Path(pebr.__file__)), "--run_dir", str(tmp_path), "--threads", "1", *argv]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        str(Path(pebr.__file__)),
+        "--run_dir",
+        str(tmp_path),
+        "--threads",
+        "1",
+        *argv,
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -965,7 +1118,17 @@ def test_two_processes_train_also_when_one_of_them_has_no_picture(night_sky, toy
     argv += ["--max_steps", "3", "--sft_batch_size", "4", "--rollout_batch_size", "4", "--update_batch_size", "2"]
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run_script(tmp_path, launcher, *argv, "--stage", "warmup")
-    run_script(tmp_path, launcher, *argv, "--stage", "reasoning", "--from_model", str(tmp_path / "warmup"), "--from_data", str(night_sky / "rl.json"))
+    run_script(
+        tmp_path,
+        launcher,
+        *argv,
+        "--stage",
+        "reasoning",
+        "--from_model",
+        str(tmp_path / "warmup"),
+        "--from_data",
+        str(night_sky / "rl.json"),
+    )
     samples = [json.loads(line) for line in lines(tmp_path / "reasoning" / "samples.jsonl")]
     assert len(samples) == 3 * 4 * 2  # steps x questions x G: both processes' rollouts, none twice
     assert Counter(sample["qid"] for sample in samples) == {f"q{i}": 2 * 2 for i in range(6)}  # two epochs of six questions
@@ -978,7 +1141,15 @@ class Killed(Exception):
 @pytest.mark.parametrize("stage", ["warmup", "perception"])
 def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, toy_run, tmp_path, monkeypatch, capsys):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--stage", stage, *SMALL, "--checkpoint_every", "1", "--from_model", str(toy_run / "warmup" if stage == "perception" else toy / "model")]
+    argv = [
+        "--stage",
+        stage,
+        *SMALL,
+        "--checkpoint_every",
+        "1",
+        "--from_model",
+        str(toy_run / "warmup" if stage == "perception" else toy / "model"),
+    ]
     argv += ["--from_data", str(toy / ("train.json" if stage == "perception" else "sft.json"))]
     run(tmp_path, *argv)
     expected = weights_of(tmp_path / stage), lines(tmp_path / stage / "metrics.jsonl")
@@ -1039,11 +1210,13 @@ def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator
 
     monkeypatch.setattr(pebr, "score_rollouts", score)
     weights = rewards.STAGE_REWARDS["reasoning"]
-    rollouts, replaced, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], cfg, None, weights, accelerator)
-    assert replaced == 2 and [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train2", "train3", "train4"]
+    rollouts, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], cfg, None, weights, accelerator)
+    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train2", "train3", "train4"]
     assert all(r.advantage != 0 for r in rollouts)
-    rollouts, replaced, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], pebr.replace(cfg, resample_rounds=0), None, weights, accelerator)
-    assert replaced == 0 and [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
+    rollouts, _ = pebr.collect_rollouts(
+        policy, rows[:3], rows[3:5], pebr.replace(cfg, resample_rounds=0), None, weights, accelerator
+    )
+    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
     assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
 
 
@@ -1067,12 +1240,26 @@ def night_sky(tmp_path_factory):
     ]
     rl, sft, words = [], [], "user assistant look think say".split()
     for i, (question, images, answers) in enumerate(questions):
-        rl.append({"qid": f"q{i}", "problem": question, "answer": answers[0], "images": images, "key_words": ["night sky"], "source": "sky"})
+        rl.append(
+            {
+                "qid": f"q{i}",
+                "problem": question,
+                "answer": answers[0],
+                "images": images,
+                "key_words": ["night sky"],
+                "source": "sky",
+            }
+        )
         for answer in answers:
             text = (f"### Image Description: a night sky .\n### Rationales: look .\n### Let's think step by step.\n### Step 1: think .\n"
                     f"### Step 2: say {answer} .\n### The final answer is: {answer}")  # fmt: skip
             content = question if "<image>" in question or not images else "<image>" + question
-            sft.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": text}], "images": images})
+            sft.append(
+                {
+                    "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": text}],
+                    "images": images,
+                }
+            )
             words += (question.replace("<image>", " ") + " " + text).split()
     (folder / "rl.json").write_text(json.dumps(rl))
     (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rl))
@@ -1089,7 +1276,18 @@ def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tm
     argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.jsonl"),
             "--test_data", str(night_sky / "test.jsonl"), "--prompt_file", str(night_sky / "prompt.txt"), "--clip_model", f"local-dir:{toy / 'clip'}",
             "--mixed_precision", "no", "--max_new_tokens", "32", "--max_pixels", "10000", "--learning_rate", "1e-3", "--no-freeze_vision"]  # fmt: skip
-    argv += ["--rollout_batch_size", "4", "--update_batch_size", "2", "--sft_batch_size", "9", "--micro_batch_size", "9", "--temperature", "0.7"]
+    argv += [
+        "--rollout_batch_size",
+        "4",
+        "--update_batch_size",
+        "2",
+        "--sft_batch_size",
+        "9",
+        "--micro_batch_size",
+        "9",
+        "--temperature",
+        "0.7",
+    ]
     run(tmp_path, "--stage", "warmup", *argv, "--max_steps", "60", "--learning_rate", "3e-3")
     run(tmp_path, "--stage", "sample", *argv)
     split = {name: json.loads((tmp_path / "sample" / f"{name}.json").read_text()) for name in ("easy", "medium")}
