@@ -178,9 +178,9 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
 TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=256, max_prompt_length=64,
              max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0),
-    "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=800, freeze_vision=False),
+    "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
-    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=70),
+    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100),
 }  # fmt: skip
 TOY_PATHS = {  # what "toy" stands for in these fields
     "model": "{}/model", "train_data": "{}/train.json", "sft_data": "{}/sft.json", "test_data": "{}/test.json",
