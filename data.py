@@ -80,7 +80,9 @@ def read_json_rows(path: str) -> list[tuple[str, dict]]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: neither a JSON list nor one JSON object a line ({error})") from None
     if not rows:
-        raise DataError(f"{path}: no rows")
+        raise DataError(
+            f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
+        )
     return [(f"{name} row {i}", row) for i, row in enumerate(rows)]
 
 
@@ -163,6 +165,10 @@ def load_rows(path: str, image_root: str = "", need: tuple[str, ...] = ()) -> tu
         try:
             if not isinstance(raw, dict):
                 raise DataError("a row must be a JSON object")
+            if "conversations" in raw:
+                raise DataError(
+                    'no "messages": a warm-up row is {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}'
+                )
             row = sft_row(where, raw, root) if "messages" in raw else rl_row(where, raw, root)
             marks = row.problem.count(IMAGE_MARK)
             if marks and marks != len(row.images):

@@ -8,6 +8,7 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
     accelerate launch pebr.py --stage reasoning     # GRPO on medium questions, accuracy reward
     accelerate launch pebr.py --stage evaluate      # every model of the run, one table
     accelerate launch pebr.py --stage all           # the five in a row
+    accelerate launch pebr.py --stage dryrun        # one worst-case GRPO step: memory, speed, hours of the whole run
 
 Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir and takes
 its model and data from the stages before it, which are made first if they are missing (evaluate scores what there is). The
@@ -30,7 +31,8 @@ Where this departs from the paper's released code, and why:
  [8] A group without spread has advantage exactly 0, not rounding noise divided by epsilon. It keeps its KL term.
  [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops and counts such rows.
 [10] Sampling allows prompts of 8192 tokens: its own pixel limit (4,194,304) is up to 5,350 image tokens, more than 2048.
-[11] A prompt and its pictures go through the model once per group, in rollouts and in updates. Theirs: once per response.
+[11] A prompt and its pictures go through the model once per group, in rollouts and in updates. Their updates repeat them.
+[12] The instruction around a question is worded anew, with the same headings; --prompt_file takes theirs.
 Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so rollouts come from a
 slightly narrower distribution than the one that is scored.
 """
@@ -48,12 +50,15 @@ from pathlib import Path
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 
+from PIL import Image
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object
+import psutil
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -63,6 +68,7 @@ from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -93,20 +99,20 @@ def option(default, help, group):
 
 
 RUN, DATA, TRAIN, ROLLOUT, GRPO, REWARD, EVAL, MEMORY = (
-    "run", "model and data", "training (of the stage that --stage names)", "rollout", "GRPO", "reward", "evaluation", "memory and speed",
+    "run", "model and data", "training (of the stage that --stage names; with all, of each)", "rollout", "GRPO", "reward", "evaluation", "memory and speed",
 )  # fmt: skip
 
 
 @dataclass
 class Config:
     # fmt: off
-    stage: str = option("all", "warmup, sample, perception, reasoning, evaluate, or all", RUN)
+    stage: str = option("all", "warmup, sample, perception, reasoning, evaluate, all; or dryrun", RUN)
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage", RUN)
     seed: int = option(0, "everything random follows from it", RUN)
     overwrite: bool = option(False, "redo the stage although its folder is there", RUN)
     log_with: str = option("", "an accelerate tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...", RUN)
-    print_every: int = option(10, "steps between two printed sample rollouts, 0 = never", RUN)
-    checkpoint_every: int = option(50, "steps between checkpoints to resume from, 0 = none", RUN)
+    print_every: int = option(10, "steps between two printed sample rollouts (warm-up: between two lines), 0 = never", RUN)
+    checkpoint_every: int = option(5, "steps between checkpoints to resume from, 0 = none", RUN)
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy", DATA)
     train_data: str = option("toy", "RL questions: the authors' JSON, or JSONL, or toy", DATA)
@@ -118,12 +124,13 @@ class Config:
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping", DATA)
     min_pixels: int = option(576, "smaller pictures are enlarged to this area", DATA)
     max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 4194304)", DATA)
-    max_prompt_length: int = option(2048, "tokens, image tokens included; a longer prompt is a broken row, never cut", DATA)
+    max_prompt_length: int = option(2048, "tokens, image tokens included; a longer prompt is a broken row, never cut (sampling: 8192)", DATA)
     max_sft_length: int = option(4096, "tokens of prompt and response in the warm-up", DATA)
     trust_remote_code: bool = option(False, "run code that comes with the model folder", DATA)
+    random_init: bool = option(False, "dryrun: the model's shape with random weights, for which config and processor files are enough", DATA)
 
-    from_model: str = option("", "start from this folder instead of the previous stage's (evaluate: score this folder only)", TRAIN)
-    from_data: str = option("", "train on this file instead of the previous stage's", TRAIN)
+    from_model: str = option("", "start from this model instead of the previous stage's (evaluate: score this one only)", TRAIN)
+    from_data: str = option("", "use this file instead of the previous stage's", TRAIN)
     learning_rate: float = option(1e-6, "warm-up: 1e-5", TRAIN)
     lr_schedule: str = option("constant", "constant or cosine (warm-up: cosine)", TRAIN)
     lr_warmup: float = option(0.0, "share of the steps with a rising learning rate (warm-up: 0.1)", TRAIN)
@@ -163,7 +170,7 @@ class Config:
     engine: str = option("auto", "auto: prefill once and shared prefixes for the families that can; plain: generate and ordinary forwards", MEMORY)
     mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no", MEMORY)
     micro_batch_size: int = option(8, "responses per forward and backward, best a multiple of --group_size; lower this first when memory runs out", MEMORY)
-    generate_batch_size: int = option(64, "responses generated at once per process", MEMORY)
+    generate_batch_size: int = option(0, "responses generated at once per process, 0 = as many as memory has room for", MEMORY)
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass", MEMORY)
     # fmt: on
 
@@ -174,10 +181,11 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
     "perception": dict(rollout_batch_size=560, update_batch_size=112),
     "reasoning": dict(epochs=2),
     "evaluate": dict(),
+    "dryrun": dict(rollout_batch_size=560, update_batch_size=112),  # as perception
 }
 TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=256, max_prompt_length=64,
-             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0),
+             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0, checkpoint_every=50),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
     "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100),
@@ -197,6 +205,7 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
     "sample": SAMPLING,
     "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi",
     "reasoning": SAMPLING + TRAINING + GRPO_ONLY,
+    "dryrun": "",
     "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature",
 }
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
@@ -213,6 +222,7 @@ class ConfigError(ValueError):
 def parse_flags(argv: list[str]) -> dict:
     """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
     parser = argparse.ArgumentParser(
+        usage="accelerate launch pebr.py --stage STAGE [--flag value ...]",
         description=__doc__.split("\n\nWhere this departs")[0],
         epilog="Defaults are the paper's; a stage's own settings and the toy's (--model toy) replace them, flags replace those.\n"
         "Stages that have to be made first get the flags too, except the group 'training'.",
@@ -260,7 +270,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
     for f in fields(Config):
         if f.type in (int, float):
             need(getattr(cfg, f.name) >= 0, f"--{f.name} {getattr(cfg, f.name)}: must not be negative")
-    for name in ("epochs", "max_new_tokens", "micro_batch_size", "generate_batch_size", "eval_samples", "min_pixels", "temperature", "sft_batch_size",
+    for name in ("epochs", "max_new_tokens", "micro_batch_size", "eval_samples", "min_pixels", "temperature", "sft_batch_size",
                  "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
@@ -275,10 +285,14 @@ def check_config(cfg: Config, num_processes: int) -> None:
         cfg.clip_dual == 0 or cfg.clip_dual > 1,
         f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient",
     )
+    need(
+        not cfg.random_init or cfg.stage == "dryrun",
+        "--random_init is for --stage dryrun: nothing trains from random weights",
+    )
     need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
     need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
     need(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo} must be less than --cosine_hi {cfg.cosine_hi}")
-    if cfg.stage in STAGE_REWARDS:
+    if cfg.stage in (*STAGE_REWARDS, "dryrun"):
         need(cfg.rollout_batch_size % cfg.update_batch_size == 0,
              f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --update_batch_size {cfg.update_batch_size}")  # fmt: skip
         need(cfg.update_batch_size % num_processes == 0,
@@ -288,7 +302,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
     for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
         need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
     need(cfg.stage != "perception" or cfg.clip_model,
-         "--stage perception needs --clip_model, for example ViT-L-14-336/openai or local-dir:my_clip_folder")  # fmt: skip
+         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or local-dir:my_clip_folder")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,9 +369,12 @@ def load_policy(path: str, cfg: Config) -> Policy:
     """
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code
-        )
+        trust, dtype = cfg.trust_remote_code, torch.float32
+        if cfg.random_init:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from None
     if not getattr(processor, "chat_template", None):
@@ -441,6 +458,75 @@ def collate(prompts: list[Prompt], completions: list[torch.Tensor] | None, pad_i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory: what a step will need, before it needs it
+
+
+def kv_bytes(policy: Policy, cfg: Config) -> int:
+    """Bytes of KV cache for one response at full length."""
+    text = policy.model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if cfg.mixed_precision == "bf16" else 4)
+    return per_token * (cfg.max_prompt_length + cfg.max_new_tokens)
+
+
+def device_bytes(accelerator: Accelerator) -> int:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_properties(accelerator.device).total_memory
+    return psutil.virtual_memory().total // accelerator.num_processes
+
+
+def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -> int:
+    """--generate_batch_size, or as many responses as fit into half of the memory that weights and Adam leave. Computed from
+    the device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
+    if cfg.generate_batch_size:
+        return cfg.generate_batch_size
+    states = 20 * sum(p.numel() for p in policy.parameters())
+    room = max(0, device_bytes(accelerator) - states) // 2 // kv_bytes(policy, cfg)
+    step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
+    return max(cfg.group_size, min(room, step) // cfg.group_size * cfg.group_size)
+
+
+def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
+    """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
+    text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
+    weights = sum(p.numel() for p in policy.parameters())
+    T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
+    tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
+    layer = (
+        tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_
+    )  # what a decoder layer keeps for its backward
+    layers = text.num_hidden_layers
+    kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
+    plan = {
+        "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
+        "reference model": bytes_ * weights if cfg.kl_coef else 0,
+        "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
+        "activations of an update": kept,
+        "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
+    }
+    return {name: value / 2**30 for name, value in plan.items()}
+
+
+def print_memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> float:
+    """The plan beside what there is, and what to lower if it does not fit. Returns the GiB needed at the worst moment."""
+    plan, there = memory_plan(policy, cfg, accelerator), device_bytes(accelerator) / 2**30
+    states, reference, rollout, *update = plan.values()
+    needed = states + reference + max(rollout, sum(update))  # rollout and update take turns
+    for name, value in plan.items():
+        accelerator.print(f"  {value:8.2f} GiB  {name}")
+    accelerator.print(f"  {needed:8.2f} GiB  needed on each process, {there:.1f} GiB there")
+    if needed > there:
+        flag = (
+            "--generate_batch_size"
+            if rollout > sum(update)
+            else "--micro_batch_size, then --max_new_tokens and --max_pixels"
+        )
+        flag = "more memory, or --kl_coef 0 (no reference model)" if states + reference > there else f"to lower {flag}"
+        accelerator.print(f"  THIS DOES NOT FIT: it takes {flag}")
+    return needed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Rollout
 
 
@@ -465,7 +551,7 @@ def generate_rollouts(
 ) -> list[Rollout]:
     """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy."""
     policy.eval()
-    rollouts, size = [], max(1, cfg.generate_batch_size // n)
+    rollouts, size = [], max(1, generate_batch_size(policy, cfg, accelerator) // n)
     for start in range(0, len(prompts), size):
         chunk = prompts[start : start + size]
         with accelerator.autocast():
@@ -758,6 +844,8 @@ def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, lo
 
 def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
     """The policy's model as accelerate wraps it, in train mode, and its optimizer."""
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     kind = policy.model.config.model_type
     accelerator.print(f"engine: fast, prompts shared within groups ({kind})" if policy.fast else f"engine: plain ({kind})")
     if cfg.freeze_vision:
@@ -814,6 +902,7 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
     other settings.
     """
     settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
+    settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
     inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
     run, record = True, folder / "stage.json"
     if accelerator.is_main_process and cfg.overwrite and asked and record.is_file():
@@ -922,6 +1011,27 @@ def read_instruction(cfg: Config) -> str:
     return text
 
 
+def stop_for_broken_rows(path: str, problems: list[str], cfg: Config, accelerator: Accelerator) -> None:
+    """Raise DataError with the list of broken rows; with --skip_bad_rows print it."""
+    if problems:
+        listed = "\n  ".join(problems[:50]) + (f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else "")
+        if not cfg.skip_bad_rows:
+            raise DataError(f"{path} has {len(problems)} broken rows (--skip_bad_rows drops them):\n  {listed}")
+        accelerator.print(f"{path}: dropped {len(problems)} broken rows:\n  {listed}")
+
+
+def check_files(cfg: Config, accelerator: Accelerator) -> None:
+    """Read a stage's own data file before any stage starts: a typo must not surface after hours. Pictures are opened later."""
+    files = {
+        "warmup": (cfg.sft_data, ("response",)),
+        "sample": (cfg.train_data, ("answer", "key_words")),
+        "evaluate": (cfg.test_data, ("answer",)),
+    }
+    path, need = files.get(cfg.stage, ("", ()))
+    if (path := cfg.from_data or path) and not is_finished(Path(cfg.run_dir, cfg.stage)):
+        stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
+
+
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
     """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
     stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
@@ -940,11 +1050,7 @@ def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tupl
     broken = dict(gather_object(mine))
     problems += [message for _, message in sorted(broken.items())]
     good = [row for i, row in enumerate(rows) if i not in broken]
-    if problems:
-        listed = "\n  ".join(problems[:50]) + (f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else "")
-        if not cfg.skip_bad_rows:
-            raise DataError(f"{path} has {len(problems)} broken rows (--skip_bad_rows drops them):\n  {listed}")
-        accelerator.print(f"{path}: dropped {len(problems)} broken rows:\n  {listed}")
+    stop_for_broken_rows(path, problems, cfg, accelerator)
     if not good:
         raise DataError(f"{path}: no usable rows")
     return good
@@ -1054,7 +1160,10 @@ def answer_questions(
     done = {record["qid"]: record for record in earlier[0]}
     if accelerator.is_main_process and done:
         write_jsonl(path, list(done.values()))  # without a torn last line
-    instruction, width = read_instruction(cfg), max(1, cfg.generate_batch_size // n) * accelerator.num_processes
+    instruction, width = (
+        read_instruction(cfg),
+        max(1, generate_batch_size(policy, cfg, accelerator) // n) * accelerator.num_processes,
+    )
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
     for start in range(0, len(rows), width):
         chunk = rows[start : start + width]
@@ -1126,6 +1235,10 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
             write_json(folder / f"{name}.json", [row.raw for row in part])
         write_json(folder / "summary.json", summary)
     accelerator.print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
+    if not split["easy"] or not split["medium"]:
+        accelerator.print(
+            "  An RL stage without questions cannot run: warm up longer, take other questions, or name a file with --from_data."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1208,11 +1321,15 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
     return dict.fromkeys(UPDATE_METRICS, 0.0) | metrics
 
 
-def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg: Config, accelerator) -> dict[str, float]:
-    """One epoch over this process's rollouts: as many updates as the step has update batches. Returns their mean metrics."""
+def add_reference(rollouts: list[Rollout], reference: Policy | None, cfg: Config, accelerator) -> None:
     if reference is not None:
         for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, cfg, accelerator)):
             rollout.ref_logprobs = logprobs
+
+
+def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg: Config, accelerator) -> dict[str, float]:
+    """One epoch over this process's rollouts: as many updates as the step has update batches. Returns their mean metrics."""
+    add_reference(rollouts, reference, cfg, accelerator)
     size = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
     unknown = [r for r in rollouts[size:] if r.old_logprobs is None]  # the plain engine does not tell them
     for rollout, logprobs in zip(unknown, rollout_logprobs(model, unknown, cfg, accelerator)):
@@ -1242,6 +1359,14 @@ def rollout_metrics(rollouts: list[Rollout], clip, cfg: Config, accelerator) -> 
     return metrics
 
 
+def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Policy | None:
+    """The stage's start model, frozen, in the compute dtype; None without a KL term."""
+    if not cfg.kl_coef:
+        return None
+    dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
+    return load_policy(model_path, cfg).eval().requires_grad_(False).to(accelerator.device, dtype)
+
+
 def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tuple[list[Row], list[Row]]:
     """This process's questions of a step, and others that may replace those whose groups have no spread."""
     batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
@@ -1261,13 +1386,15 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
     if not rows:
         raise DataError(f"{data_path}: no question with a picture")
+    print_memory_plan(policy, cfg, accelerator)
     model, optimizer = prepare_training(policy, cfg, accelerator)
-    reference = None
-    if cfg.kl_coef:  # the stage's start model, frozen
-        reference = load_policy(model_path, cfg).eval().requires_grad_(False)
-        reference.to(accelerator.device, torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32)
+    reference = load_reference(model_path, cfg, accelerator)
     clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
+    if len(rows) < cfg.rollout_batch_size:
+        accelerator.print(
+            f"{len(rows)} questions for steps of {cfg.rollout_batch_size}: each step repeats some; lower --rollout_batch_size"
+        )
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
     for step in range(start + 1, total + 1):
@@ -1304,6 +1431,98 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Dry run: one GRPO step in the worst case, to know before a run what it will cost
+
+
+def worst_case_prompts(policy: Policy, count: int, folder: str, cfg: Config) -> list[Prompt]:
+    """Prompts of --max_prompt_length tokens with a noise picture of --max_pixels each."""
+    side, prompts = math.isqrt(cfg.max_pixels), []
+    for i in range(count):
+        path, pixels = os.path.join(folder, f"{i}.png"), torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+        prompt = encode_prompt(policy, Row("dryrun", str(i), "a", "1", [path]), cfg, "{question}")
+        filler = prompt.inputs["input_ids"][:, :1].expand(
+            1, cfg.max_prompt_length
+        )  # the first token again and again, in front
+        missing = cfg.max_prompt_length - prompt.inputs["input_ids"].shape[1]
+        for name, value in prompt.inputs.items():
+            if value.shape == prompt.inputs["attention_mask"].shape and name != "attention_mask":
+                front = filler if name == "input_ids" else torch.zeros_like(filler)
+                prompt.inputs[name] = torch.cat([front[:, :missing], value], 1)
+        prompt.inputs["attention_mask"] = torch.ones_like(prompt.inputs["input_ids"])
+        prompts.append(prompt)
+    return prompts
+
+
+def dryrun(cfg: Config, accelerator: Accelerator) -> None:
+    """One full-size GRPO step at the maximum lengths: memory plan and peak, seconds and tokens/s, hours of the whole run.
+
+    No response ends early, rewards are random. Prints a table, and the same as one line "DRYRUN {json}".
+    """
+    policy = load_policy(cfg.from_model or cfg.model, cfg)
+    accelerator.print(f"memory plan ({sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters)")
+    planned = print_memory_plan(policy, cfg, accelerator)
+    reference = load_reference(cfg.from_model or cfg.model, cfg, accelerator)
+    clip = load_clip(cfg, accelerator) if cfg.clip_model else None
+    model, optimizer = prepare_training(policy, cfg, accelerator)
+    policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
+    for p in model.parameters():  # Adam takes its memory at its first step: an empty one, before anything is measured
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    set_learning_rate(optimizer, replace(cfg, learning_rate=0.0), 0, 1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = worst_case_prompts(policy, cfg.rollout_batch_size // accelerator.num_processes, folder, cfg)
+    wall, cpu = {}, {}
+
+    def timed(name, work):
+        clocks = time.perf_counter(), time.process_time()
+        result = work()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        wall[name], cpu[name] = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
+        return result
+
+    generate_rollouts(
+        policy, prompts[:1], cfg.group_size, replace(cfg, max_new_tokens=2), accelerator, cfg.temperature
+    )  # wakes libraries
+    seed_step(cfg, "dryrun", 0, accelerator.process_index)
+    rollouts = timed(
+        "rollout", lambda: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
+    )
+    timed("reward", lambda: score_rollouts(rollouts, clip))
+    rewards = torch.rand(len(prompts), cfg.group_size)
+    for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
+        rollout.advantage = advantage
+    timed("reference", lambda: add_reference(rollouts, reference, cfg, accelerator))
+    timed("update", lambda: update_on_rollouts(rollouts, model, None, optimizer, cfg, accelerator))
+    cuda, used = accelerator.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF)
+    tokens = sum(len(r.tokens) for r in rollouts) * accelerator.num_processes
+    result = {
+        "engine": "fast" if policy.fast else "plain", "parameters": sum(p.numel() for p in policy.parameters()),
+        "prompt_tokens": prompts[0].inputs["input_ids"].shape[1], "completion_tokens": len(rollouts[0].tokens),
+        "responses": len(rollouts) * accelerator.num_processes,
+        "wall_s": {name: round(value, 3) for name, value in wall.items()}, "cpu_s": {name: round(value, 3) for name, value in cpu.items()},
+        "step_wall_s": round(sum(wall.values()), 3), "step_cpu_s": round(sum(cpu.values()), 3),
+        "tokens_per_s": {name: round(tokens / value, 1) for name, value in wall.items() if value},
+        "planned_gib": round(planned, 2), "there_gib": round(device_bytes(accelerator) / 2**30, 1),
+        "peak_gib": round((torch.cuda.max_memory_allocated() if cuda else used.ru_maxrss * 1024) / 2**30, 2),
+    }  # fmt: skip
+    for name in wall:
+        accelerator.print(f"  {name:<10}{wall[name]:9.2f} s   {tokens / wall[name]:10.0f} completion tokens/s")
+    accelerator.print(f"  peak {result['peak_gib']} GiB, planned {planned:.2f} GiB")
+    if os.path.isfile(cfg.train_data):
+        rows, problems = load_rows(cfg.train_data, cfg.image_root)
+        stop_for_broken_rows(cfg.train_data, problems, cfg, accelerator)
+        steps = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
+        result["hours"] = round(steps * sum(wall.values()) / 3600, 2)
+        accelerator.print(
+            f"  GRPO on all {len(rows)} questions of {cfg.train_data}: {steps} such steps, {result['hours']} hours at the most"
+        )
+    accelerator.print("DRYRUN " + json.dumps(result))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -1337,14 +1556,15 @@ def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, acceler
 
 def evaluation_table(folders: dict[str, Path]) -> str:
     """One table over all evaluated models."""
-    lines = [f"{'model':<12}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS)]
+    width = max(map(len, folders)) + 2
+    lines = [f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS)]
     for mode in ("greedy", "sampled"):
         for name, folder in folders.items():
             scores = json.loads((folder / "scores.json").read_text())[mode]
             cells = [
                 f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in COLUMNS
             ]
-            lines.append(f"{name:<12}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells))
+            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells))
     scores = json.loads((next(iter(folders.values())) / "scores.json").read_text())["sampled"]
     return "\n".join(
         lines
@@ -1367,6 +1587,8 @@ def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) ->
     folder = Path(cfg.run_dir, stage)
     if not is_finished(folder):
         check_config(cfg, accelerator.num_processes)
+    if stage == "dryrun":
+        return dryrun(cfg, accelerator)
     if stage == "evaluate":
         return run_evaluation(cfg, folder, accelerator)
     if not asked and (folder / "stage.json").is_file():
@@ -1383,7 +1605,7 @@ def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) ->
     else:
         model, data = cfg.from_model or made("perception"), cfg.from_data or made("sample") + "/medium.json"
     work = {"warmup": warmup, "sample": sample, "perception": train_grpo, "reasoning": train_grpo}[stage]
-    if begin_stage(folder, cfg, {"model": model, "data": data, "instruction": cfg.prompt_file}, asked, accelerator):
+    if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
         if cfg.log_with:
             accelerator.init_trackers(f"pebr_{stage}", config=asdict(cfg))
         clock = time.perf_counter()
@@ -1413,7 +1635,11 @@ def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
     data = cfg.from_data or cfg.test_data
     for name, model in models.items():
         if begin_stage(
-            folder / name, cfg, {"model": model, "data": data, "instruction": cfg.prompt_file}, True, accelerator
+            folder / name,
+            cfg,
+            {"model": model, "data": data},
+            True,
+            accelerator,
         ):
             evaluate(cfg, model, data, folder / name, accelerator)
             finish_stage(folder / name, accelerator)
@@ -1434,7 +1660,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
         if stage == "all" and {"from_model", "from_data"} & flags.keys():
             raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
-        stages = list(STAGES) if stage == "all" else [stage]
+        stages = [name for name in STAGES if name != "dryrun"] if stage == "all" else [stage]
         configs = [resolve(name, flags) for name in stages]
         cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
         num_processes = PartialState(cpu=cpu).num_processes
@@ -1450,6 +1676,8 @@ def main(argv: list[str] | None = None) -> None:
         if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
             build_toy_world(toy, configs[0].seed, ToyConfig())
         accelerator.wait_for_everyone()
+        for cfg in configs:
+            check_files(cfg, accelerator)
         for name in stages:
             run_stage(name, flags, True, accelerator)
         accelerator.end_training()

@@ -717,6 +717,7 @@ ROW = {"qid": "1", "problem": "<image>How many?", "answer": "3", "images": ["a.p
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no sections"}]},
             "no answer to grade against",
         ),
+        ({"conversations": [{"from": "human", "value": "q"}]}, 'no "messages"'),
         ({"messages": [{"role": "user", "content": "q"}]}, "messages must be (system,) user, assistant"),
         ({"problem": "How many? " * 3000}, "--max_prompt_length is 64"),
     ],
@@ -850,6 +851,11 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
 @pytest.mark.parametrize(
     "argv, reason",
     [
+        (["--random_init"], "--random_init is for --stage dryrun"),
+        (
+            ["--test_data", "/no/such/file.json"],
+            "/no/such/file.json: no such file",
+        ),  # before the first stage, not after hours
         (["--from_model", "x"], "--from_model and --from_data belong to one stage"),
         (["--stage", "perception", "--clip_dual", "0.5"], "--clip_dual 0.5"),
         (["--stage", "percept"], "--stage percept: must be one of"),
@@ -1218,6 +1224,77 @@ def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator
     )
     assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
     assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
+
+
+def test_a_dry_run_measures_one_full_length_step_of_a_shape_without_weights(families, toy, tmp_path, capsys):
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    for file in (families / "qwen2_5_vl").iterdir():
+        if file.name != "model.safetensors":  # config and processor are enough
+            (shape / file.name).write_bytes(file.read_bytes())
+    argv = [
+        "--stage",
+        "dryrun",
+        "--model",
+        str(shape),
+        "--random_init",
+        "--mixed_precision",
+        "no",
+        "--train_data",
+        str(toy / "train.json"),
+    ]
+    argv += [
+        "--rollout_batch_size",
+        "2",
+        "--update_batch_size",
+        "1",
+        "--group_size",
+        "2",
+        "--max_prompt_length",
+        "50",
+        "--max_new_tokens",
+        "9",
+    ]
+    results = {}
+    for engine in ("auto", "plain"):
+        run(
+            tmp_path, *argv, "--max_pixels", "12544", "--engine", engine, "--clip_model", f"local-dir:{toy / 'clip'}"
+        )  # 16 image tokens
+        printed = capsys.readouterr().out
+        results[engine] = json.loads(printed.split("DRYRUN ")[1])
+        assert "KV cache of a rollout" in printed and "hours at the most" in printed and "DOES NOT FIT" not in printed
+    for engine, result in results.items():
+        assert (result["prompt_tokens"], result["completion_tokens"], result["responses"]) == (
+            50,
+            9,
+            4,
+        )  # nothing ends early
+        assert set(result["wall_s"]) == {"rollout", "reward", "reference", "update"} and all(
+            v > 0 for v in result["wall_s"].values()
+        )
+        assert result["hours"] == round(4 * result["step_wall_s"] / 3600, 2)  # 8 questions, 2 a step
+    assert (results["auto"]["engine"], results["plain"]["engine"]) == ("fast", "plain")
+
+
+def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypatch, capsys):
+    cfg = pebr.replace(
+        cfg, max_prompt_length=1000, max_new_tokens=500, generate_batch_size=0, rollout_batch_size=8, kl_coef=0.0
+    )
+    # float32: keys and values of 2 layers x 2 heads x 16 dims x 4 bytes, 1500 tokens
+    assert pebr.kv_bytes(policy, cfg) == 2 * 2 * 2 * 16 * 4 * 1500
+    weights = sum(p.numel() for p in policy.parameters())
+    plan = pebr.memory_plan(policy, cfg, accelerator)
+    assert plan["weights, gradients, Adam"] * 2**30 == 16 * weights and plan["reference model"] == 0
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 20 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg))
+    assert pebr.generate_batch_size(policy, cfg, accelerator) == 6  # room for 7 in half of what is left, groups of 3
+    assert pebr.generate_batch_size(policy, pebr.replace(cfg, generate_batch_size=5), accelerator) == 5
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 2 * 16 * weights)
+    for changes, flag in (
+        (dict(generate_batch_size=900), "--generate_batch_size"),
+        (dict(micro_batch_size=900), "--micro_batch_size"),
+    ):
+        pebr.print_memory_plan(policy, pebr.replace(cfg, **changes), accelerator)
+        assert f"DOES NOT FIT: it takes to lower {flag}" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
