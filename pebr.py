@@ -197,9 +197,7 @@ TOY_PATHS = {  # what "toy" stands for in these fields
 ALWAYS = "seed image_root min_pixels max_pixels max_prompt_length skip_bad_rows trust_remote_code mixed_precision engine"
 SAMPLING = ALWAYS + " group_size temperature top_p max_new_tokens"
 TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs max_steps freeze_vision"
-GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(
-    f.name for f in fields(Config) if f.metadata["group"] == GRPO
-)
+GRPO_ONLY = " ".join([" rollout_batch_size update_batch_size", *(f.name for f in fields(Config) if f.metadata["group"] == GRPO)])
 SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
     "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
     "sample": SAMPLING,
@@ -210,8 +208,6 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
 }
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
-
-
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -231,11 +227,8 @@ def parse_flags(argv: list[str]) -> dict:
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Config))}
     for f in fields(Config):
         text = f"{f.metadata['help']} [{f.default}]" if f.default != "" else f.metadata["help"]
-        kind = (
-            dict(action=argparse.BooleanOptionalAction)
-            if f.type is bool
-            else dict(type=f.type, metavar=f.type.__name__.upper())
-        )
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
         groups[f.metadata["group"]].add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
@@ -334,10 +327,8 @@ class Policy(torch.nn.Module):
         names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         self.banned_ids = sorted({getattr(model.config, name, None) for name in names} - {None})
         # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts; it is kept for saving.
-        self.saved_generation_config, model.generation_config = (
-            model.generation_config,
-            GenerationConfig(pad_token_id=self.pad_id),
-        )
+        self.saved_generation_config = model.generation_config
+        model.generation_config = GenerationConfig(pad_token_id=self.pad_id)
 
     @property
     def device(self):
@@ -455,75 +446,6 @@ def collate(prompts: list[Prompt], completions: list[torch.Tensor] | None, pad_i
         else:
             batch[name] = torch.cat(values)
     return {name: value.to(device) for name, value in batch.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory: what a step will need, before it needs it
-
-
-def kv_bytes(policy: Policy, cfg: Config) -> int:
-    """Bytes of KV cache for one response at full length."""
-    text = policy.model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if cfg.mixed_precision == "bf16" else 4)
-    return per_token * (cfg.max_prompt_length + cfg.max_new_tokens)
-
-
-def device_bytes(accelerator: Accelerator) -> int:
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_properties(accelerator.device).total_memory
-    return psutil.virtual_memory().total // accelerator.num_processes
-
-
-def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -> int:
-    """--generate_batch_size, or as many responses as fit into half of the memory that weights and Adam leave. Computed from
-    the device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
-    if cfg.generate_batch_size:
-        return cfg.generate_batch_size
-    states = 20 * sum(p.numel() for p in policy.parameters())
-    room = max(0, device_bytes(accelerator) - states) // 2 // kv_bytes(policy, cfg)
-    step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
-    return max(cfg.group_size, min(room, step) // cfg.group_size * cfg.group_size)
-
-
-def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
-    """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
-    text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
-    weights = sum(p.numel() for p in policy.parameters())
-    T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
-    tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
-    layer = (
-        tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_
-    )  # what a decoder layer keeps for its backward
-    layers = text.num_hidden_layers
-    kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
-    plan = {
-        "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
-        "reference model": bytes_ * weights if cfg.kl_coef else 0,
-        "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
-        "activations of an update": kept,
-        "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
-    }
-    return {name: value / 2**30 for name, value in plan.items()}
-
-
-def print_memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> float:
-    """The plan beside what there is, and what to lower if it does not fit. Returns the GiB needed at the worst moment."""
-    plan, there = memory_plan(policy, cfg, accelerator), device_bytes(accelerator) / 2**30
-    states, reference, rollout, *update = plan.values()
-    needed = states + reference + max(rollout, sum(update))  # rollout and update take turns
-    for name, value in plan.items():
-        accelerator.print(f"  {value:8.2f} GiB  {name}")
-    accelerator.print(f"  {needed:8.2f} GiB  needed on each process, {there:.1f} GiB there")
-    if needed > there:
-        flag = (
-            "--generate_batch_size"
-            if rollout > sum(update)
-            else "--micro_batch_size, then --max_new_tokens and --max_pixels"
-        )
-        flag = "more memory, or --kl_coef 0 (no reference model)" if states + reference > there else f"to lower {flag}"
-        accelerator.print(f"  THIS DOES NOT FIT: it takes {flag}")
-    return needed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,15 +607,15 @@ def shared_prefix_states(policy: Policy, prompts: list[Prompt], completions: lis
 
 
 def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]) -> torch.Tensor:
+    """(tokens, D) of one group. T prompt tokens, G completions, L = longest completion - 1."""
     inputs = {name: value.to(policy.device) for name, value in prompt.inputs.items()}
     positions, next_position = rope_positions(policy, inputs)  # (3, 1, T), (1, 1)
     T, G, L = positions.shape[-1], len(completions), max(max(len(c) for c in completions) - 1, 1)
     tails = torch.full((G, L), policy.pad_id)
     for i, c in enumerate(completions):
         tails[i, : len(c) - 1] = c[:-1]  # a completion's last token predicts nothing: it is no input
-    tail_positions = (
-        (next_position + torch.arange(L, device=policy.device)).repeat(1, G).expand(3, 1, -1)
-    )  # each follows the prompt
+    after = next_position + torch.arange(L, device=policy.device)  # (1, L): every completion follows the prompt directly
+    tail_positions = after.repeat(1, G).expand(3, 1, -1)
     hidden = policy.model.base_model(
         input_ids=torch.cat([inputs["input_ids"], tails.view(1, -1).to(policy.device)], 1),  # (1, T + G * L)
         position_ids=torch.cat([positions, tail_positions], -1), use_cache=False, shared_prefix=(T, G),
@@ -1268,9 +1190,8 @@ def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, cli
         rows, spare = spare[: len(tied)], spare[len(tied) :]
         if attempt == cfg.resample_rounds or not rows:
             break
-        groups = [
-            group for i, group in enumerate(groups) if i not in tied[: len(rows)]
-        ]  # their places go to the new questions
+        replaced = set(tied[: len(rows)])  # their places go to the new questions
+        groups = [group for i, group in enumerate(groups) if i not in replaced]
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
     for group, advantages in zip(groups, group_advantages(rewards, cfg.advantage_eps, cfg.advantage_std).tolist()):
         for rollout, advantage in zip(group, advantages):
@@ -1279,16 +1200,8 @@ def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, cli
 
 
 UPDATE_METRICS = (
-    "loss",
-    "kl",
-    "entropy",
-    "clipped_low",
-    "clipped_high",
-    "clipped_dual",
-    "grad_norm",
-    "skipped_updates",
-    "masked_updates",
-)
+    "loss", "kl", "entropy", "clipped_low", "clipped_high", "clipped_dual", "grad_norm", "skipped_updates", "masked_updates",
+)  # fmt: skip
 
 
 def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accelerator, off_policy: bool) -> dict[str, float]:
@@ -1428,6 +1341,72 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
             parts = "  ".join(f"{name} {value:.2f}" for name, value in rollout.parts.items())
             bar.write(f"--- {rollout.prompt.row.problem} (gold: {rollout.prompt.row.answer})\n{rollout.text}\n"
                       f"--- reward {rollout.reward:.3f}  advantage {rollout.advantage:+.2f}  {parts}")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory: what a step will need, before it needs it
+
+
+def kv_bytes(policy: Policy, cfg: Config) -> int:
+    """Bytes of KV cache for one response at full length."""
+    text = policy.model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if cfg.mixed_precision == "bf16" else 4)
+    return per_token * (cfg.max_prompt_length + cfg.max_new_tokens)
+
+
+def device_bytes(accelerator: Accelerator) -> int:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_properties(accelerator.device).total_memory
+    return psutil.virtual_memory().total // accelerator.num_processes
+
+
+def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -> int:
+    """--generate_batch_size, or as many responses as fit into half of the memory that weights and Adam leave. Computed from
+    the device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
+    if cfg.generate_batch_size:
+        return cfg.generate_batch_size
+    states = 20 * sum(p.numel() for p in policy.parameters())
+    room = max(0, device_bytes(accelerator) - states) // 2 // kv_bytes(policy, cfg)
+    step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
+    return max(cfg.group_size, min(room, step) // cfg.group_size * cfg.group_size)
+
+
+def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
+    """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
+    text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
+    weights = sum(p.numel() for p in policy.parameters())
+    T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
+    tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
+    layers, layer = (
+        text.num_hidden_layers,
+        tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_,
+    )  # for backward
+    kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
+    plan = {
+        "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
+        "reference model": bytes_ * weights if cfg.kl_coef else 0,
+        "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
+        "activations of an update": kept,
+        "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
+    }
+    return {name: value / 2**30 for name, value in plan.items()}
+
+
+def print_memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> float:
+    """The plan beside what there is, and what to lower if it does not fit. Returns the GiB needed at the worst moment."""
+    plan, there = memory_plan(policy, cfg, accelerator), device_bytes(accelerator) / 2**30
+    states, reference, rollout, *update = plan.values()
+    needed = states + reference + max(rollout, sum(update))  # rollout and update take turns
+    for name, value in plan.items():
+        accelerator.print(f"  {value:8.2f} GiB  {name}")
+    accelerator.print(f"  {needed:8.2f} GiB  needed on each process, {there:.1f} GiB there")
+    if needed > there:
+        takes = "to lower --micro_batch_size, then --max_new_tokens and --max_pixels"
+        takes = "to lower --generate_batch_size" if rollout > sum(update) else takes
+        takes = "more memory, or --kl_coef 0 (no reference model)" if states + reference > there else takes
+        accelerator.print(f"  THIS DOES NOT FIT: it takes {takes}")
+    return needed
 
 
 # ----------------------------------------------------------------------------------------------------------------------

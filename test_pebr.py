@@ -963,12 +963,15 @@ def test_each_stage_leaves_what_the_readme_promises(toy_run):
         assert len(lines(toy_run / "evaluate" / model / "predictions_sampled.jsonl")) == TINY.test_rows
 
 
-def test_a_finished_stage_is_kept_and_changed_settings_stop_with_what_changed(toy_run, capsys):
+def test_a_finished_stage_is_kept_and_changed_settings_stop_with_what_changed(toy_run, capsys, monkeypatch):
     stamp = (toy_run / "warmup" / "stage.json").read_text()
     run(toy_run, "--stage", "warmup", *SMALL)
     assert (toy_run / "warmup" / "stage.json").read_text() == stamp and "finished earlier, kept" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="learning_rate was 0.00.*, now 0.5"):
         run(toy_run, "--stage", "warmup", *SMALL, "--learning_rate", "0.5")
+    with monkeypatch.context() as other, pytest.raises(SystemExit, match="reward was"):  # another reward is another stage
+        other.setitem(rewards.STAGE_REWARDS, "perception", {"keyword": 1.0})
+        run(toy_run, "--stage", "perception", *SMALL, "--from_data", str(toy_run / "toy" / "train.json"))
     with pytest.raises(SystemExit, match="its data has changed since"):
         run(toy_run, "--stage", "sample", *SMALL, "--train_data", str(toy_run / "toy" / "test.json"))
     with pytest.raises(
