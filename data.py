@@ -382,8 +382,8 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     for split, count, kinds in (
         ("sft", toy.sft_rows, ["count"] * 9 + ["subtract"] * 9 + ["price"] * 2),
-        ("train", toy.rl_rows, ["count"] * 8 + ["subtract"] * 6 + ["price"] * 2),
-        ("test", toy.test_rows, ["count"] * 8 + ["subtract"] * 6 + ["price"] * 2),
+        ("train", toy.rl_rows, ["count"] * 8 + ["subtract"] * 6 + ["price"] * 3),
+        ("test", toy.test_rows, ["count"] * 8 + ["subtract"] * 6 + ["price"] * 3),
     ):
         rows = []
         for i in range(count):
