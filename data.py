@@ -254,7 +254,7 @@ def picture_size(path: str) -> tuple[int, int]:
 #   - One grid cell is one image token (28 x 28 pixels).
 #   - The teacher is noisy: it leaves out or misnames objects, so the warmed-up model has something to sharpen.
 #   - It slips in its steps too, the more objects there are: easy and medium questions.
-#   - Prices need a multiplication that the warm-up is too short to teach: hard questions.
+#   - Prices need a multiplication that the warm-up is too short to teach, and some are beyond the model's number words: hard ones.
 # ======================================================================================================================
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}
@@ -269,6 +269,7 @@ class ToyConfig:
 
     sft_rows: int = 6000
     rl_rows: int = 960
+    dear_rows: int = 40  # RL questions that nobody can answer
     test_rows: int = 320
     object_noise: float = 0.22  # share of the objects that the teacher's description leaves out or misnames
     slip_per_object: float = 0.12  # chance of a slip in the teacher's steps, per object beyond the first
@@ -367,6 +368,21 @@ def toy_caption(scene, rng: random.Random) -> str:
     return f"There are {len(scene)} objects . {listed} ."
 
 
+def toy_row(folder: str, name: str, scene, asked: ToyQuestion, rng: random.Random, toy: ToyConfig | None) -> dict:
+    """Write the picture; return the data file's row: a warm-up conversation if `toy` says how noisy the teacher is, else RL."""
+    image = f"images/{name}.png"
+    toy_picture(scene, rng).save(Path(folder, image))
+    question, _, answer = toy_answer(scene, asked)
+    if toy:
+        messages = [
+            {"role": "user", "content": "<image>" + question},
+            {"role": "assistant", "content": toy_rationale(scene, asked, rng, toy)},
+        ]
+        return {"messages": messages, "images": [image]}
+    row = {"qid": name, "problem": "<image>" + question, "answer": answer, "images": [image]}
+    return row | {"key_words": toy_keywords(scene), "kind": asked.kind}
+
+
 def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     """Write the toy world under `folder`: images/, sft.json, train.json, test.json, prompt.txt, model/, clip/.
 
@@ -389,26 +405,13 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
         for i in range(count):
             scene = toy_scene(rng)
             asked = ToyQuestion(rng.choice(kinds), rng.choice(list(COLORS)), (rng.randint(2, 9), rng.randint(2, 9)))
-            image = f"images/{split}{i}.png"
-            toy_picture(scene, rng).save(Path(folder, image))
-            question, _, answer = toy_answer(scene, asked)
-            if split == "sft":
-                messages = [
-                    {"role": "user", "content": "<image>" + question},
-                    {"role": "assistant", "content": toy_rationale(scene, asked, rng, toy)},
-                ]
-                rows.append({"messages": messages, "images": [image]})
-            else:
-                rows.append(
-                    {
-                        "qid": f"{split}{i}",
-                        "problem": "<image>" + question,
-                        "answer": answer,
-                        "images": [image],
-                        "key_words": toy_keywords(scene),
-                        "kind": asked.kind,
-                    }
-                )
+            rows.append(toy_row(folder, f"{split}{i}", scene, asked, rng, toy if split == "sft" else None))
+        dear = random.Random(seed + 2)  # prices beyond the numbers that the model has words for: hard for certain
+        for i in range(count, count + toy.dear_rows if split == "train" else count):
+            scene = (toy_scene(dear) + toy_scene(dear))[:4]
+            scene = [(color, shape, place) for (color, shape, _), place in zip(scene, PLACES)]  # two objects at least
+            asked = ToyQuestion("price", dear.choice(list(COLORS)), (dear.randint(30, 50), dear.randint(30, 50)))
+            rows.append(toy_row(folder, f"{split}{i}", scene, asked, dear, None))
         Path(folder, f"{split}.json").write_text(json.dumps(rows, indent=1))
     Path(folder, "prompt.txt").write_text("{question}")  # the toy model has no use for an instruction
     words = "user assistant system none that makes count the leave out rest add up coins of and others There are objects . , ? at A object"

@@ -24,7 +24,7 @@ from pebr import Config, ConfigError, Prompt, Rollout
 
 torch.set_num_threads(1)
 TINY = data.ToyConfig(
-    sft_rows=16, rl_rows=8, test_rows=6, hidden=64, text_layers=2, vision_layers=1, clip_steps=2, clip_batch=8
+    sft_rows=16, rl_rows=8, dear_rows=0, test_rows=6, hidden=64, text_layers=2, vision_layers=1, clip_steps=2, clip_batch=8
 )
 
 
