@@ -407,7 +407,8 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
             asked = ToyQuestion(rng.choice(kinds), rng.choice(list(COLORS)), (rng.randint(2, 9), rng.randint(2, 9)))
             rows.append(toy_row(folder, f"{split}{i}", scene, asked, rng, toy if split == "sft" else None))
         dear = random.Random(seed + 2)  # prices beyond the numbers that the model has words for: hard for certain
-        for i in range(count, count + toy.dear_rows if split == "train" else count):
+        extra = toy.dear_rows if split == "train" else 0
+        for i in range(count, count + extra):
             scene = (toy_scene(dear) + toy_scene(dear))[:4]
             scene = [(color, shape, place) for (color, shape, _), place in zip(scene, PLACES)]  # two objects at least
             asked = ToyQuestion("price", dear.choice(list(COLORS)), (dear.randint(30, 50), dear.randint(30, 50)))

@@ -1433,6 +1433,26 @@ def worst_case_prompts(policy: Policy, count: int, folder: str, cfg: Config) -> 
     return prompts
 
 
+def allocate_adam(model, optimizer, cfg: Config) -> None:
+    """Adam takes its memory at its first step: an empty one, before anything is measured."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    set_learning_rate(optimizer, replace(cfg, learning_rate=0.0), 0, 1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def print_projection(wall: dict, result: dict, cfg: Config, accelerator: Accelerator) -> None:
+    """Hours of GRPO over all of --train_data, if it is there, into `result` and on the screen."""
+    if os.path.isfile(cfg.train_data):
+        rows, problems = load_rows(cfg.train_data, cfg.image_root)
+        stop_for_broken_rows(cfg.train_data, problems, cfg, accelerator)
+        steps = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
+        result["hours"] = round(steps * sum(wall.values()) / 3600, 2)
+        hours = f"{steps} such steps, {result['hours']} hours at the most"
+        accelerator.print(f"  GRPO on all {len(rows)} questions of {cfg.train_data}: {hours}")
+
+
 def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     """One full-size GRPO step at the maximum lengths: memory plan and peak, seconds and tokens/s, hours of the whole run.
 
@@ -1445,11 +1465,7 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     clip = load_clip(cfg, accelerator) if cfg.clip_model else None
     model, optimizer = prepare_training(policy, cfg, accelerator)
     policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
-    for p in model.parameters():  # Adam takes its memory at its first step: an empty one, before anything is measured
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    set_learning_rate(optimizer, replace(cfg, learning_rate=0.0), 0, 1)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    allocate_adam(model, optimizer, cfg)
     with tempfile.TemporaryDirectory() as folder:
         prompts = worst_case_prompts(policy, cfg.rollout_batch_size // accelerator.num_processes, folder, cfg)
     wall, cpu = {}, {}
@@ -1490,14 +1506,7 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     for name in wall:
         accelerator.print(f"  {name:<10}{wall[name]:9.2f} s   {tokens / wall[name]:10.0f} completion tokens/s")
     accelerator.print(f"  peak {result['peak_gib']} GiB, planned {planned:.2f} GiB")
-    if os.path.isfile(cfg.train_data):
-        rows, problems = load_rows(cfg.train_data, cfg.image_root)
-        stop_for_broken_rows(cfg.train_data, problems, cfg, accelerator)
-        steps = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
-        result["hours"] = round(steps * sum(wall.values()) / 3600, 2)
-        accelerator.print(
-            f"  GRPO on all {len(rows)} questions of {cfg.train_data}: {steps} such steps, {result['hours']} hours at the most"
-        )
+    print_projection(wall, result, cfg, accelerator)
     accelerator.print("DRYRUN " + json.dumps(result))
 
 
