@@ -197,7 +197,9 @@ TOY_PATHS = {  # what "toy" stands for in these fields
 ALWAYS = "seed image_root min_pixels max_pixels max_prompt_length skip_bad_rows trust_remote_code mixed_precision engine"
 SAMPLING = ALWAYS + " group_size temperature top_p max_new_tokens"
 TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs max_steps freeze_vision"
-GRPO_ONLY = " ".join([" rollout_batch_size update_batch_size", *(f.name for f in fields(Config) if f.metadata["group"] == GRPO)])
+GRPO_ONLY = " ".join(
+    [" rollout_batch_size update_batch_size", *(f.name for f in fields(Config) if f.metadata["group"] == GRPO)]
+)
 SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
     "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
     "sample": SAMPLING,
