@@ -72,7 +72,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    DynamicCache,
     GenerationConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -510,21 +509,32 @@ def first_end(tokens: torch.Tensor, end_ids: list[int]) -> int:
 
 
 @dataclass
-class PromptCache:
-    """Keys and values of P prompts, each held once however many responses follow it, and which prompt each row follows."""
+class GroupCache:
+    """Keys and values of a decoding batch: those of each prompt once, however many responses follow it, and each response's own."""
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (P, kv heads, T, dim) of each layer
+    prompts: list[tuple[torch.Tensor, torch.Tensor]]  # of each layer (P, kv heads, T, dim)
     bias: torch.Tensor  # (P, 1, 1, T): 0, or -inf where a prompt is padded
     prompt: torch.Tensor  # (rows,) index of a row's prompt
     place: torch.Tensor  # (rows,) its place 0 .. n - 1 among the prompt's rows
     n: int
+    own: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # of each layer (rows, kv heads, room, dim)
+
+    def append(self, layer: int, step: int, key: torch.Tensor, value: torch.Tensor):
+        """Takes the new token's key and value (rows, kv heads, 1, dim), gives those of the response so far."""
+        if layer == len(self.own):
+            self.own.append((key.repeat(1, 1, 64, 1), value.repeat(1, 1, 64, 1)))  # room for 64 tokens, doubled when full
+        if step == self.own[layer][0].shape[2]:
+            self.own[layer] = tuple(torch.cat([x, x], 2) for x in self.own[layer])
+        keys, values = self.own[layer]
+        keys[:, :, step], values[:, :, step] = key[:, :, 0], value[:, :, 0]
+        return keys[:, :, : step + 1], values[:, :, : step + 1]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows go on, and only the prompts that they follow."""
         used, self.prompt = self.prompt[rows].unique(return_inverse=True)
-        self.place = self.place[rows]
+        self.place, self.own = self.place[rows], [(keys[rows], values[rows]) for keys, values in self.own]
         if len(used) < len(self.bias):
-            self.bias, self.layers = self.bias[used], [(keys[used], values[used]) for keys, values in self.layers]
+            self.bias, self.prompts = self.bias[used], [(keys[used], values[used]) for keys, values in self.prompts]
 
 
 def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
@@ -538,8 +548,8 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperatu
     out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
     bias = torch.zeros(batch["attention_mask"].shape, device=device).masked_fill(batch["attention_mask"] == 0, float("-inf"))
     which, place = torch.arange(len(prompts) * n, device=device) // n, torch.arange(len(prompts) * n, device=device) % n
-    layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
-    prompt_cache, cache = PromptCache(layers, bias[:, None, None], which, place, n), DynamicCache()  # of the responses
+    layers = [(layer.keys.to(layer.values.dtype), layer.values) for layer in out.past_key_values.layers]
+    cache = GroupCache(layers, bias[:, None, None], which, place, n)
     logits, next_position = out.logits[which, -1], next_position[which]  # (P * n, V), (P * n, 1)
     alive, ends = torch.arange(len(which), device=device), torch.tensor(policy.end_ids, device=device)
     sampled, logprobs = [[] for _ in which], [[] for _ in which]
@@ -553,23 +563,21 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperatu
             break
         if len(going) < len(alive):
             alive, tokens, next_position = alive[going], tokens[going], next_position[going]
-            prompt_cache.keep(going)
-            if step:
-                cache.batch_select_indices(going)
+            cache.keep(going)
         logits = policy.model(
-            input_ids=tokens[:, None], position_ids=(next_position + step).expand(3, -1, -1), prompt_cache=prompt_cache,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            input_ids=tokens[:, None], position_ids=(next_position + step).expand(3, -1, -1), group_cache=cache, decode_step=step,
+            use_cache=False, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
     return [(torch.tensor(tokens), torch.tensor(values)) for tokens, values in zip(sampled, logprobs)]
 
 
-def decode_attention(query, key, value, scaling, cache: PromptCache, layer: int):
-    """Attention of one new token a row, query (rows, heads, 1, dim), to its prompt and to its own response so far, key and
-    value (rows, kv heads, L, dim). A prompt's rows meet its keys in one matrix product: they are neither repeated nor read
-    n times. Returns (rows, 1, heads, dim)."""
-    prompt_key, prompt_value = cache.layers[layer]
-    T, kv_heads = prompt_key.shape[2], prompt_key.shape[1]
-    query = (query * scaling).to(value.dtype)[:, :, 0].unflatten(1, (kv_heads, -1))  # (rows, kv heads, R, dim)
+def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, step: int):
+    """Attention of one new token a row to its prompt and to its own response. query (rows, heads, 1, dim), key and value
+    (rows, kv heads, 1, dim) -> (rows, 1, heads, dim). All rows of a prompt meet its keys in one matrix product: the keys are
+    neither repeated nor read n times."""
+    prompt_keys, prompt_values = cache.prompts[layer]
+    keys, values = cache.append(layer, step, key.to(value.dtype), value)  # (rows, kv heads, L, dim)
+    query = (query * scaling).to(value.dtype)[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (rows, kv heads, R, dim)
 
     def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); places of rows that have ended are 0
         placed = x.new_zeros(len(cache.bias), cache.n, *x.shape[1:])
@@ -579,9 +587,9 @@ def decode_attention(query, key, value, scaling, cache: PromptCache, layer: int)
     def by_row(x):  # and back
         return x.unflatten(2, (cache.n, -1)).transpose(1, 2)[cache.prompt, cache.place]
 
-    scores = torch.cat([by_row(by_prompt(query) @ prompt_key.mT + cache.bias), query @ key.mT], -1)
-    weights = scores.float().softmax(-1).to(value.dtype)  # (rows, kv heads, R, T + L)
-    out = by_row(by_prompt(weights[..., :T]) @ prompt_value) + weights[..., T:] @ value
+    scores = torch.cat([by_row(by_prompt(query) @ prompt_keys.mT + cache.bias), query @ keys.mT], -1)
+    to_prompt, to_own = scores.float().softmax(-1).to(value.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
+    out = by_row(by_prompt(to_prompt) @ prompt_values) + to_own @ values  # (rows, kv heads, R, dim)
     return out.flatten(1, 2)[:, None]
 
 
@@ -599,9 +607,15 @@ def sample_tokens(
     if temperature == 0:
         tokens = allowed.argmax(-1)
     else:
-        ordered, index = allowed.softmax(-1).sort(-1, descending=True)  # (B, V)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # tokens before it already hold top_p of the probability
-        tokens = index.gather(-1, torch.multinomial(ordered.masked_fill(outside, 0.0), 1))[:, 0]
+        probs, tokens = allowed.softmax(-1), logits.new_zeros(len(logits), dtype=torch.long)
+        again = torch.arange(len(logits), device=logits.device)
+        while len(
+            again
+        ):  # top-p by rejection, which spares sorting the vocabulary: a token is outside if more likely ones hold top_p
+            p = probs[again]
+            tokens[again] = drawn = torch.multinomial(p, 1)[:, 0]
+            more_likely = p > p.gather(-1, drawn[:, None])
+            again = again[(p * more_likely).sum(-1) >= top_p]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -670,12 +684,12 @@ def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]
 
 
 def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, shared_prefix=None, prompt_cache=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, shared_prefix=None, group_cache=None, decode_step=0, **kwargs
 ):
     """Attention of one row [prompt, c1 ... cG] with shared_prefix = (T, G): the prompt attends to itself, each completion to
-    the prompt and itself. With prompt_cache: of a decoding step. With neither (prefill, other callers): transformers' sdpa."""
-    if prompt_cache is not None:
-        return decode_attention(query, key, value, scaling, prompt_cache, module.layer_idx), None
+    the prompt and itself. With group_cache: of a decoding step. With neither (prefill, other callers): transformers' sdpa."""
+    if group_cache is not None:
+        return decode_attention(query, key, value, scaling, group_cache, module.layer_idx, decode_step), None
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     T, G = shared_prefix
@@ -1440,7 +1454,9 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
     plan = {
         "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
-        "their bf16 copy": 2 * weights if cfg.mixed_precision == "bf16" else 0,  # autocast's, made once per rollout or update
+        "their bf16 copy": 2 * weights
+        if cfg.mixed_precision == "bf16"
+        else 0,  # autocast's, made once per rollout or update
         "reference model": bytes_ * weights if cfg.kl_coef else 0,
         "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
         "activations of an update": kept,

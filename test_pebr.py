@@ -622,26 +622,30 @@ def test_rollouts_come_in_groups_and_end_where_generate_ended(policy, cfg, tmp_p
     assert {r.truncated for r in rollouts} == {True, False}
 
 
-def test_decode_attention_is_attention_to_the_repeated_prompt():
-    """2 prompts (one with padding) x 3 rows, two heads for each key head; also after rows, and a whole prompt, have ended."""
+def test_decode_attention_is_attention_to_the_repeated_prompt_and_to_the_own_tokens():
+    """2 prompts (one with padding) x 3 rows, two heads for each key head, 70 tokens (more than the first room of 64); rows, and
+    in the end a whole prompt, leave on the way."""
     torch.manual_seed(0)
-    keys, values, own_keys, own_values = (torch.randn(n, 2, t, 8) for n, t in ((2, 5), (2, 5), (6, 3), (6, 3)))
-    query, prompt, place = torch.randn(6, 4, 1, 8), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2])
-    bias = torch.zeros(2, 1, 1, 5)
+    prompt_keys, prompt_values, query, keys, values = (
+        torch.randn(*shape, 8) for shape in ((2, 2, 5), (2, 2, 5), (6, 4, 70), (6, 2, 70), (6, 2, 70))
+    )
+    prompt, bias, alive = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(2, 1, 1, 5), torch.arange(6)
     bias[1, ..., :2] = float("-inf")
-    cache = pebr.PromptCache([(keys, values)], bias, prompt, place, 3)
-    for rows in ([0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5], [3, 5]):  # of the six
-        if len(rows) < 6:
-            cache.keep(
-                torch.tensor([{0: 0, 2: 2, 3: 3, 4: 4, 5: 5}[r] if len(rows) == 5 else {3: 2, 5: 4}[r] for r in rows])
-            )
+    cache = pebr.GroupCache([(prompt_keys, prompt_values)], bias, prompt, torch.tensor([0, 1, 2, 0, 1, 2]), 3)
+    for t in range(70):
+        if t in (3, 66):
+            going = torch.tensor([0, 2, 3, 5]) if t == 3 else torch.tensor([2, 3])  # rows 1 and 4 leave, then 0 and 2
+            cache.keep(going)
+            alive = alive[going]
+        now = slice(t, t + 1)
+        got = pebr.decode_attention(query[alive, :, now], keys[alive, :, now], values[alive, :, now], 0.3, cache, 0, t)
         expected = torch.nn.functional.scaled_dot_product_attention(
-            query[rows], torch.cat([keys[prompt], own_keys], 2)[rows], torch.cat([values[prompt], own_values], 2)[rows],
-            attn_mask=torch.nn.functional.pad(bias[prompt], (0, 3))[rows], scale=0.3, enable_gqa=True,
+            query[alive, :, now], torch.cat([prompt_keys[prompt], keys[:, :, : t + 1]], 2)[alive],
+            torch.cat([prompt_values[prompt], values[:, :, : t + 1]], 2)[alive],
+            attn_mask=torch.nn.functional.pad(bias[prompt], (0, t + 1))[alive], scale=0.3, enable_gqa=True,
         )  # fmt: skip
-        got = pebr.decode_attention(query[rows], own_keys[rows], own_values[rows], 0.3, cache, 0)
         torch.testing.assert_close(got, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
-    assert len(cache.bias) == len(cache.layers[0][0]) == 1  # the prompt that nobody follows any more is gone
+    assert alive.tolist() == [3, 5] and len(cache.bias) == len(cache.prompts[0][0]) == 1  # prompt 0 is gone
 
 
 def test_autocast_casts_the_weights_once_a_rollout_and_not_once_a_token(policy, cfg, tmp_path):
