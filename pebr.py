@@ -88,7 +88,7 @@ from data import (
     filter_warmup_rows,
 )
 from data import load_image, load_rows
-from rewards import STAGE_REWARDS, ClipScorer, score_parts, total_reward
+from rewards import STAGE_REWARDS, ClipScorer, calibrate, parse_response, score_parts, total_reward
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags come last and are made from the fields.
@@ -159,7 +159,8 @@ class Config:
     mask_truncated: bool = option(False, "truncated responses do not train, but stay in the group mean (DAPO)", GRPO)
     resample_rounds: int = option(0, "replace groups without spread by new questions, at most so often (DAPO)", GRPO)
 
-    clip_model: str = option("", "open_clip name/tag, hf-hub:id or local-dir:folder, or toy (default with --train_data toy)", REWARD)
+    clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, fg-clip:folder, or toy (default with --train_data toy)", REWARD)
+    clip_device: str = option("", "cpu keeps CLIP off the GPU (default: beside the policy)", REWARD)
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
 
@@ -260,8 +261,11 @@ def check_config(cfg: Config, num_processes: int) -> None:
             raise ConfigError(message)
 
     for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
-                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"]).items():  # fmt: skip
-        need(getattr(cfg, name) in allowed, f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"], clip_device=["", "cpu"]).items():  # fmt: skip
+        need(
+            getattr(cfg, name) in allowed,
+            f"--{name} {getattr(cfg, name)}: must be one of {', '.join(filter(None, allowed))}",
+        )
     for f in fields(Config):
         if f.type in (int, float):
             need(getattr(cfg, f.name) >= 0, f"--{f.name} {getattr(cfg, f.name)}: must not be negative")
@@ -297,7 +301,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
     for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
         need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
     need(cfg.stage != "perception" or cfg.clip_model,
-         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or local-dir:my_clip_folder")  # fmt: skip
+         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or fg-clip:my_fg_clip_folder")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -565,7 +569,8 @@ def sample_tokens(
 
 def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
     try:
-        return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
+        with accelerator.local_main_process_first():  # it downloads and converts, the others find that done
+            return ClipScorer(cfg.clip_model, cfg.clip_device or accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(f"--clip_model {cfg.clip_model}: {error}") from None
 
@@ -1274,6 +1279,41 @@ def rollout_metrics(rollouts: list[Rollout], clip, cfg: Config, accelerator) -> 
     return metrics
 
 
+CALIBRATION_PAIRS = 256
+
+
+def calibration_pairs(rows: list[Row], cfg: Config) -> tuple[list[list], list[str], str]:
+    """Pictures, a text for each, and what the texts are: descriptions of --sft_data if it is there, else the rows' keywords."""
+    source, described = "keywords", rows
+    text_of = lambda row: ", ".join(row.key_words)
+    if os.path.isfile(cfg.sft_data):
+        described = [row for row in load_rows(cfg.sft_data, cfg.image_root)[0] if row.images]
+        source, text_of = "descriptions of --sft_data", lambda row: parse_response(row.response).description
+    drawn = shuffled_batch(described, 0, min(len(described), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
+    pairs = {text_of(row): row.images for row in drawn}  # each text once
+    pairs.pop("", None)
+    pairs = list(pairs.items())[:CALIBRATION_PAIRS]
+    images = [[load_image(path, cfg.min_pixels, cfg.max_pixels) for path in paths] for _, paths in pairs]
+    return images, [text for text, _ in pairs], source
+
+
+def report_calibration(clip: ClipScorer, rows: list[Row], cfg: Config, folder: Path) -> None:
+    """Print, and write to clip_calibration.json, what --cosine_lo and --cosine_hi would suit this CLIP model. Changes nothing."""
+    images, texts, source = calibration_pairs(rows, cfg)
+    if len(texts) < 2:
+        return print("CLIP is not calibrated: fewer than two different texts")
+    result = {"texts": source, **calibrate(clip, images, texts), "cut_texts": clip.cut_texts}
+    clip.cut_texts = 0
+    write_json(folder / "clip_calibration.json", result)
+    print(f"CLIP on {result['pairs']} pictures and {source}: AUC {result['auc']:.3f}; quartiles of the cosine")
+    for name in ("matched", "shuffled"):
+        print(f"  {name:<9}" + "".join(f"{q:8.3f}" for q in result[name]))
+    print(f"  that suggests --cosine_lo {result['cosine_lo']:.2f} --cosine_hi {result['cosine_hi']:.2f}; "
+          f"set are {cfg.cosine_lo} and {cfg.cosine_hi}")  # fmt: skip
+    for warning in result["warnings"]:
+        print(f"  WARNING: {warning}")
+
+
 def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Policy | None:
     """The stage's start model, frozen, in the compute dtype; None without a KL term."""
     if not cfg.kl_coef:
@@ -1305,6 +1345,9 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = load_reference(model_path, cfg, accelerator)
     clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
+    if clip and accelerator.is_main_process and not (folder / "clip_calibration.json").is_file():
+        report_calibration(clip, rows, cfg, folder)
+    accelerator.wait_for_everyone()
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
     if len(rows) < cfg.rollout_batch_size:
         accelerator.print(
