@@ -20,7 +20,7 @@ Where this departs from the paper's released code, and why:
      whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
  [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
      perception RL, and counted. A negative cosine earns 0, not less.
- [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
+ [3] CLIP sees each picture once and all descriptions of a batch together, without padding. Theirs makes one call per response.
  [4] A description longer than CLIP's context is scored in windows of whole sentences. Theirs is cut without a word.
  [5] Sections are parsed once, and the format holds only if they are all there, in order, with nothing before them; the last
      answer counts; no answer section, no accuracy. Theirs wants four headings anywhere, takes the first answer, and without
@@ -38,7 +38,7 @@ slightly narrower distribution than the one that is scored.
 """
 
 import argparse
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 import functools
 import hashlib
@@ -959,6 +959,8 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
     path, need = files.get(cfg.stage, ("", ()))
     if (path := cfg.from_data or path) and not is_finished(Path(cfg.run_dir, cfg.stage)):
         stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
+    if cfg.stage == "perception" and not is_finished(Path(cfg.run_dir, cfg.stage)):
+        load_clip(cfg, accelerator)  # the same goes for its weights
 
 
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
@@ -1283,18 +1285,21 @@ CALIBRATION_PAIRS = 256
 
 
 def calibration_pairs(rows: list[Row], cfg: Config) -> tuple[list[list], list[str], str]:
-    """Pictures, a text for each, and what the texts are: descriptions of --sft_data if it is there, else the rows' keywords."""
-    source, described = "keywords", rows
-    text_of = lambda row: ", ".join(row.key_words)
+    """Pictures, a text for each, and what the texts are: descriptions of --sft_data if it is there, else the rows' keywords.
+
+    A broken row is no pair: the stage that trains on it has reported it.
+    """
+    source, text_of = "keywords", lambda row: ", ".join(row.key_words)
     if os.path.isfile(cfg.sft_data):
-        described = [row for row in load_rows(cfg.sft_data, cfg.image_root)[0] if row.images]
         source, text_of = "descriptions of --sft_data", lambda row: parse_response(row.response).description
-    drawn = shuffled_batch(described, 0, min(len(described), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
-    pairs = {text_of(row): row.images for row in drawn}  # each text once
-    pairs.pop("", None)
-    pairs = list(pairs.items())[:CALIBRATION_PAIRS]
-    images = [[load_image(path, cfg.min_pixels, cfg.max_pixels) for path in paths] for _, paths in pairs]
-    return images, [text for text, _ in pairs], source
+        rows = [row for row in load_rows(cfg.sft_data, cfg.image_root)[0] if row.images]
+    drawn = shuffled_batch(rows, 0, min(len(rows), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
+    images = {}  # by text: each text once
+    for row in drawn:
+        if (text := text_of(row)) and text not in images and len(images) < CALIBRATION_PAIRS:
+            with suppress(DataError):
+                images[text] = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
+    return list(images.values()), list(images), source
 
 
 def report_calibration(clip: ClipScorer, rows: list[Row], cfg: Config, folder: Path) -> None:

@@ -31,7 +31,7 @@ STAGE_REWARDS = {
     "reasoning": {"accuracy": 0.9, "format": 0.1},  # paper, stage 2
 }
 LENGTH_LIMIT = 512  # tokens; longer responses are paid LENGTH_LIMIT / length
-CLIP_BATCH = 64  # pictures or texts that CLIP encodes at once
+CLIP_BATCH = 32  # pictures or texts that CLIP encodes at once
 CHARS_PER_TOKEN = 16  # of a sentence for CLIP; real ones have 4 or 5, and what exceeds this would be cut by the tokenizer
 
 
@@ -400,7 +400,7 @@ def calibrate(clip: ClipScorer, image_lists: list[list], texts: list[str]) -> di
     auc = float((greater.float() + equal.float() / 2).mean())
     quartiles = lambda cosines: [round(q, 4) for q in cosines.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()]
     result = {"pairs": len(texts), "matched": quartiles(matched), "shuffled": quartiles(shuffled), "auc": round(auc, 4)}
-    result |= {"cosine_lo": result["shuffled"][1], "cosine_hi": result["matched"][1], "warnings": []}
+    result |= {"cosine_lo": max(0.0, result["shuffled"][1]), "cosine_hi": result["matched"][1], "warnings": []}
     if auc < 0.7:
         result["warnings"].append(
             "this CLIP hardly tells matched from shuffled pairs (AUC < 0.7): its reward is mostly noise"
