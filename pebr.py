@@ -1535,6 +1535,8 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     rollouts = timed(
         "rollout", lambda: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
     )
+    for rollout in rollouts:  # CLIP's worst case: every token describes the picture
+        rollout.text = f"### Image Description: {rollout.text}\n### Rationales:"
     timed("reward", lambda: score_rollouts(rollouts, clip))
     rewards = torch.rand(len(prompts), cfg.group_size)
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
