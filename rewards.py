@@ -272,34 +272,39 @@ def convert_fg_clip(folder: str) -> str:
     return target
 
 
-class ClipScorer:
-    """Cosine of image and text embeddings, through open_clip (the paper uses FG-CLIP). bf16 on a GPU, else float32.
+def load_open_clip(name: str, device):
+    """(model, preprocessing, tokenizer) of a CLIP model, in bf16 on a GPU, else in float32.
 
     name: a built-in model "ViT-B-32/laion2b_s34b_b79k", a folder "local-dir:/path" with open_clip_config.json and
-    weights, "hf-hub:org/name", or "fg-clip:/path" with an FG-CLIP v1 checkpoint. Raises RuntimeError if the weights are
-    not there (without `require_pretrained` open_clip would go on with random ones), ValueError if they are a pickle that
-    wants more than tensors, or if the folder wants to run code of its own.
+    weights, "hf-hub:org/name", or "fg-clip:/path" with an FG-CLIP v1 checkpoint. Raises RuntimeError or OSError if the
+    weights are not there (without `require_pretrained` open_clip would go on with random ones), ValueError if they are
+    anything but plain tensors, such as a pickle that runs code, or if the folder asks for code of its own.
     """
+    import open_clip
+    from safetensors import SafetensorError
 
-    def __init__(self, name: str, device="cpu", lo: float = 0.0, hi: float = 0.4):
-        import open_clip
-
+    try:
         if name.startswith("fg-clip:"):
             name = "local-dir:" + convert_fg_clip(name.removeprefix("fg-clip:"))
         if name.startswith("local-dir:") and not os.path.isfile(os.path.join(name[10:], "open_clip_config.json")):
             raise FileNotFoundError("no open_clip_config.json in that folder")
-        model, _, tag = (name, "", "") if ":" in name else name.partition("/")
-        if "trust_remote_code" in json.dumps(open_clip.get_model_config(model)):
+        name, _, tag = (name, "", "") if ":" in name else name.partition("/")
+        if "trust_remote_code" in json.dumps(open_clip.get_model_config(name)):
             raise ValueError("its open_clip_config.json asks for trust_remote_code, which is refused")
-        try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=tag or None, require_pretrained=True, image_resize_mode="squash", device=device,
-                precision="pure_bf16" if torch.device(device).type == "cuda" else "fp32",
-            )  # fmt: skip
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"the weights are no plain tensors: {error}") from None
-        self.model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(model)
+        precision = "pure_bf16" if torch.device(device).type == "cuda" else "fp32"
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=tag or None, require_pretrained=True, image_resize_mode="squash", device=device, precision=precision
+        )  # fmt: skip
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"the weights cannot be read as plain tensors: {error}") from None
+    return model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(name)
+
+
+class ClipScorer:
+    """Cosine of image and text embeddings, through open_clip (the paper uses FG-CLIP). Arguments: see load_open_clip."""
+
+    def __init__(self, name: str, device="cpu", lo: float = 0.0, hi: float = 0.4):
+        self.model, self.preprocess, self.tokenizer = load_open_clip(name, device)
         self.device, self.lo, self.hi = device, lo, hi
         text = self.text = getattr(self.model, "text", self.model)  # open_clip.CLIP keeps its text tower's parts itself
         pooling = getattr(text, "pool_type", getattr(text, "text_pool_type", ""))

@@ -373,7 +373,7 @@ def test_a_pickle_among_clip_weights_is_refused_and_does_not_run(suffix, tmp_pat
     name = clip_folder(tmp_path / "clip")
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
     torch.save({"logit_scale": Payload(tmp_path / "ran")}, tmp_path / "clip" / f"open_clip_pytorch_model.{suffix}")
-    with pytest.raises(ConfigError, match="no plain tensors"):
+    with pytest.raises(ConfigError, match="cannot be read as plain tensors"):
         pebr.load_clip(pebr.replace(cfg, clip_model=name), accelerator)
     assert not (tmp_path / "ran").exists()
 
@@ -495,6 +495,11 @@ def test_an_fg_clip_folder_without_files_or_without_room_to_write_says_so(tmp_pa
     with pytest.raises(FileNotFoundError, match="must hold FG-CLIP's config.json and model.safetensors"):
         rewards.ClipScorer(f"fg-clip:{tmp_path}")
     fg_clip_checkpoint(tmp_path, 16, 32, 2)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="cannot be read as plain tensors"):  # half a download
+        rewards.ClipScorer(f"fg-clip:{tmp_path}")
+    (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "open_clip").write_text("in the way")  # as good as a read-only folder, which root could write into
     with pytest.raises(OSError, match="cannot write .*open_clip .*: copy the checkpoint to where you may write"):
         rewards.ClipScorer(f"fg-clip:{tmp_path}")
