@@ -20,7 +20,7 @@ Where this departs from the paper's released code, and why:
      whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
  [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
      perception RL, and counted. A negative cosine earns 0, not less.
- [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
+ [3] CLIP sees each picture once and all descriptions of a batch together, without padding. Theirs makes one call per response.
  [4] A description longer than CLIP's context is scored in windows of whole sentences. Theirs is cut without a word.
  [5] Sections are parsed once, and the format holds only if they are all there, in order, with nothing before them; the last
      answer counts; no answer section, no accuracy. Theirs wants four headings anywhere, takes the first answer, and without
@@ -39,7 +39,7 @@ slightly narrower distribution than the one that is scored.
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 import functools
 import hashlib
@@ -89,7 +89,7 @@ from data import (
     filter_warmup_rows,
 )
 from data import load_image, load_rows
-from rewards import STAGE_REWARDS, ClipScorer, score_parts, total_reward
+from rewards import STAGE_REWARDS, ClipScorer, calibrate, parse_response, score_parts, total_reward
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags come last and are made from the fields.
@@ -160,7 +160,8 @@ class Config:
     mask_truncated: bool = option(False, "truncated responses do not train, but stay in the group mean (DAPO)", GRPO)
     resample_rounds: int = option(0, "replace groups without spread by new questions, at most so often (DAPO)", GRPO)
 
-    clip_model: str = option("", "open_clip name/tag, hf-hub:id or local-dir:folder, or toy (default with --train_data toy)", REWARD)
+    clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, fg-clip:folder, or toy (default with --train_data toy)", REWARD)
+    clip_device: str = option("", "cpu keeps CLIP off the GPU (default: beside the policy)", REWARD)
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
 
@@ -261,8 +262,11 @@ def check_config(cfg: Config, num_processes: int) -> None:
             raise ConfigError(message)
 
     for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
-                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"]).items():  # fmt: skip
-        need(getattr(cfg, name) in allowed, f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"], clip_device=["", "cpu"]).items():  # fmt: skip
+        need(
+            getattr(cfg, name) in allowed,
+            f"--{name} {getattr(cfg, name)}: must be one of {', '.join(filter(None, allowed))}",
+        )
     for f in fields(Config):
         if f.type in (int, float):
             need(getattr(cfg, f.name) >= 0, f"--{f.name} {getattr(cfg, f.name)}: must not be negative")
@@ -298,7 +302,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
     for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
         need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
     need(cfg.stage != "perception" or cfg.clip_model,
-         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or local-dir:my_clip_folder")  # fmt: skip
+         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or fg-clip:my_fg_clip_folder")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -621,7 +625,8 @@ def sample_tokens(
 
 def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
     try:
-        return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
+        with accelerator.local_main_process_first():  # it downloads and converts, the others find that done
+            return ClipScorer(cfg.clip_model, cfg.clip_device or accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(f"--clip_model {cfg.clip_model}: {error}") from None
 
@@ -1014,6 +1019,8 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
     path, need = files.get(cfg.stage, ("", ()))
     if (path := cfg.from_data or path) and not is_finished(Path(cfg.run_dir, cfg.stage)):
         stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
+    if cfg.stage == "perception" and not is_finished(Path(cfg.run_dir, cfg.stage)):
+        load_clip(cfg, accelerator)  # the same goes for its weights
 
 
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
@@ -1341,6 +1348,44 @@ def rollout_metrics(rollouts: list[Rollout], clip, cfg: Config, accelerator) -> 
     return metrics
 
 
+CALIBRATION_PAIRS = 256
+
+
+def calibration_pairs(rows: list[Row], cfg: Config) -> tuple[list[list], list[str], str]:
+    """Pictures, a text for each, and what the texts are: descriptions of --sft_data if it is there, else the rows' keywords.
+
+    A broken row is no pair: the stage that trains on it has reported it.
+    """
+    source, text_of = "keywords", lambda row: ", ".join(row.key_words)
+    if os.path.isfile(cfg.sft_data):
+        source, text_of = "descriptions of --sft_data", lambda row: parse_response(row.response).description
+        rows = [row for row in load_rows(cfg.sft_data, cfg.image_root)[0] if row.images]
+    drawn = shuffled_batch(rows, 0, min(len(rows), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
+    images = {}  # by text: each text once
+    for row in drawn:
+        if (text := text_of(row)) and text not in images and len(images) < CALIBRATION_PAIRS:
+            with suppress(DataError):
+                images[text] = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
+    return list(images.values()), list(images), source
+
+
+def report_calibration(clip: ClipScorer, rows: list[Row], cfg: Config, folder: Path) -> None:
+    """Print, and write to clip_calibration.json, what --cosine_lo and --cosine_hi would suit this CLIP model. Changes nothing."""
+    images, texts, source = calibration_pairs(rows, cfg)
+    if len(texts) < 2:
+        return print("CLIP is not calibrated: fewer than two different texts")
+    result = {"texts": source, **calibrate(clip, images, texts), "cut_texts": clip.cut_texts}
+    clip.cut_texts = 0
+    write_json(folder / "clip_calibration.json", result)
+    print(f"CLIP on {result['pairs']} pictures and {source}: AUC {result['auc']:.3f}; quartiles of the cosine")
+    for name in ("matched", "shuffled"):
+        print(f"  {name:<9}" + "".join(f"{q:8.3f}" for q in result[name]))
+    print(f"  that suggests --cosine_lo {result['cosine_lo']:.2f} --cosine_hi {result['cosine_hi']:.2f}; "
+          f"set are {cfg.cosine_lo} and {cfg.cosine_hi}")  # fmt: skip
+    for warning in result["warnings"]:
+        print(f"  WARNING: {warning}")
+
+
 def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Policy | None:
     """The stage's start model, frozen, in the compute dtype; None without a KL term."""
     if not cfg.kl_coef:
@@ -1372,6 +1417,9 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = load_reference(model_path, cfg, accelerator)
     clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
+    if clip and accelerator.is_main_process and not (folder / "clip_calibration.json").is_file():
+        report_calibration(clip, rows, cfg, folder)
+    accelerator.wait_for_everyone()
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
     if len(rows) < cfg.rollout_batch_size:
         accelerator.print(
@@ -1557,6 +1605,8 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     rollouts = timed(
         "rollout", lambda: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
     )
+    for rollout in rollouts:  # CLIP's worst case: every token describes the picture
+        rollout.text = f"### Image Description: {rollout.text}\n### Rationales:"
     timed("reward", lambda: score_rollouts(rollouts, clip))
     rewards = torch.rand(len(prompts), cfg.group_size)
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):

@@ -9,8 +9,11 @@ import json
 import math
 import os
 from pathlib import Path
+import random
 import subprocess
 import sys
+import tempfile
+import time
 
 from PIL import Image, ImageDraw
 import pytest
@@ -253,6 +256,306 @@ def test_clip_without_weights_is_an_error_not_a_random_model(toy, tmp_path):
         rewards.ClipScorer(f"local-dir:{tmp_path}")
     with pytest.raises(FileNotFoundError):
         rewards.ClipScorer(f"local-dir:{tmp_path / 'nothing'}")
+
+
+# CLIP's text towers, its weights, FG-CLIP, calibration
+
+SMALL_CLIP = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+              "text_cfg": {"context_length": 40, "width": 32, "heads": 2, "layers": 2}}  # fmt: skip
+
+
+def clip_folder(folder, custom_text=False, **text_cfg):
+    """An open_clip folder with random weights, large enough ones that every token counts."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    config = {**SMALL_CLIP, "text_cfg": {**SMALL_CLIP["text_cfg"], **text_cfg}}
+    torch.manual_seed(0)
+    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
+    weights = {name: w + 0.1 * torch.randn(w.shape) for name, w in model.state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "custom_text": custom_text}}))
+    return f"local-dir:{folder}"
+
+
+CAPTIONS = [
+    "a red circle",
+    "",
+    "One blue square is left of two green triangles. " * 9,
+    "a red circle",
+    "two dots; a line",
+    "red",
+]
+
+
+def noise_pictures(count, size=(48, 40)):
+    """Coarse noise in colors: enlarged from 4 x 3 pixels."""
+    return [
+        Image.frombytes("RGB", (4, 3), random.Random(i).randbytes(36)).resize(size, Image.BILINEAR) for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind, trims",
+    [
+        ({}, True),
+        ({"custom_text": True}, True),
+        ({"custom_text": True, "pool_type": "eos", "eos_id": 49407, "proj_bias": True}, True),
+        (
+            {"custom_text": True, "no_causal_mask": True, "pool_type": "last"},
+            False,
+        ),  # SigLIP's: all positions see all others
+        ({"custom_text": True, "no_causal_mask": True}, False),
+        ({"custom_text": True, "pool_type": "last"}, False),
+        ({"custom_text": True, "embed_cls": True}, False),  # CoCa's: a class token behind the text
+    ],
+)
+def test_trimmed_padding_gives_the_scores_of_open_clips_own_encoder(kind, trims, tmp_path, monkeypatch):
+    scorer = rewards.ClipScorer(clip_folder(tmp_path / "clip", **kind))
+    assert scorer.trims == trims
+    a, b = noise_pictures(2)
+    lists = [[a], [b], [a, b], [b], [a], [b]]  # pictures and texts come again
+    lengths = []
+    scorer.text.transformer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr(rewards, "CLIP_BATCH", 2)
+    trimmed = scorer.cosines(lists, CAPTIONS)
+    # the shortest two windows have 3 and 5 tokens with marks; 40 is the context, and a class token makes it 41
+    assert lengths[0] == 5 if trims else set(lengths) <= {40, 41}
+    scorer.trims = False
+    assert trimmed == pytest.approx(scorer.cosines(lists, CAPTIONS), abs=1e-6)
+    assert len({round(c, 3) for c in trimmed}) == 6 and trimmed[1] == 0  # otherwise the scores would prove nothing
+
+
+def test_clip_batches_are_bounded_and_change_no_score(tmp_path, monkeypatch):
+    scorer = rewards.ClipScorer(clip_folder(tmp_path / "clip"))
+    lists, texts, sizes = [[image] for image in noise_pictures(7)], [f"{word} dots" for word in "a b c d e f g".split()], []
+    at_once = scorer.cosines(lists, texts)
+    for tower in (scorer.model.visual, scorer.text.transformer):
+        tower.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    monkeypatch.setattr(rewards, "CLIP_BATCH", 3)
+    assert scorer.cosines(lists, texts) == pytest.approx(at_once, abs=1e-6)
+    assert sizes == [3, 3, 1, 3, 3, 1]
+
+
+def test_windows_read_each_sentence_once_and_an_endless_word_in_part(tmp_path):
+    scorer = rewards.ClipScorer(clip_folder(tmp_path / "clip"))
+    read, split = [], scorer.split
+    scorer.split = lambda text: read.append(len(text)) or split(text)
+    text = "A red circle is left of a blue square. " * 200  # about 2,000 tokens
+    windows = scorer.windows(text)
+    assert sum(read) <= len(text) and " ".join(windows) == text.strip()
+    # 10 tokens a sentence, 38 beside the marks: 3 sentences a window
+    assert len(windows) == 67 and scorer.cut_texts == 0
+    read.clear()
+    assert len(scorer.windows("x" * 100_000)) == 1 and sum(read) == 16 * 38 and scorer.cut_texts == 1
+
+
+def test_windows_fit_a_hugging_face_tokenizer_too(tmp_path):
+    tokenizer = data.toy_processor("a red circle is left of blue square .".split()).tokenizer
+    name = clip_folder(tmp_path, hf_tokenizer_name="here", vocab_size=len(tokenizer), pool_type="last", context_length=20)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = rewards.ClipScorer(name)
+    windows = scorer.windows("a red circle is left of a blue square . " * 5)
+    assert [len(tokenizer.encode(window)) for window in windows] == [20, 20, 10] and scorer.cut_texts == 0
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pth"])
+def test_a_pickle_among_clip_weights_is_refused_and_does_not_run(suffix, tmp_path, cfg, accelerator):
+    name = clip_folder(tmp_path / "clip")
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    torch.save({"logit_scale": Payload(tmp_path / "ran")}, tmp_path / "clip" / f"open_clip_pytorch_model.{suffix}")
+    with pytest.raises(ConfigError, match="cannot be read as plain tensors"):
+        pebr.load_clip(pebr.replace(cfg, clip_model=name), accelerator)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_clip_folder_cannot_ask_for_code_of_its_own(tmp_path):
+    kwargs = {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    config = {**SMALL_CLIP, "text_cfg": {**SMALL_CLIP["text_cfg"], **kwargs}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(ValueError, match="trust_remote_code, which is refused"):
+        rewards.ClipScorer(f"local-dir:{tmp_path}")
+
+
+def test_clip_is_float32_on_a_cpu_and_bf16_beside_a_policy_on_a_gpu(toy, cfg, accelerator):
+    scorer = pebr.load_clip(pebr.replace(cfg, clip_device="cpu"), accelerator)
+    assert {p.dtype for p in scorer.model.parameters()} == {torch.float32} and str(scorer.device) == "cpu"
+    if torch.cuda.is_available():
+        image, texts = noise_pictures(1), ["a red circle", "two blue squares"]
+        fast = rewards.ClipScorer(cfg.clip_model, "cuda")
+        assert {p.dtype for p in fast.model.parameters()} == {torch.bfloat16}
+        # bf16 has 8 bits: relative errors of 0.4 % in each layer
+        assert fast.cosines([image] * 2, texts) == pytest.approx(scorer.cosines([image] * 2, texts), abs=0.03)
+
+
+def fg_clip_checkpoint(folder, patch, image, heads):
+    """A folder in FG-CLIP v1's published layout with small random weights, and the model that its long-text mode computes:
+    Hugging Face's CLIP with 248 positions, 20 of `_ori` and 228 of `_res`, and the projection `text_filip_projection`."""
+    import transformers as hf
+    from safetensors.torch import save_file
+
+    size = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads, hidden_act="quick_gelu"
+    )
+    text, vision = {**size, "eos_token_id": 49407}, {**size, "hidden_size": 96, "patch_size": patch, "image_size": image}
+    config = lambda positions: hf.CLIPConfig(
+        text_config={**text, "max_position_embeddings": positions}, vision_config=vision, projection_dim=32
+    )
+    torch.manual_seed(0)
+    weights = {name: w + 0.1 * torch.randn(w.shape) for name, w in hf.CLIPModel(config(77)).state_dict().items()}
+    positions, one = "text_model.embeddings.position_embedding{}.weight", torch.tensor(2.0)
+    extra = {positions.format("_ori"): torch.randn(248, 64), positions.format("_res"): torch.randn(248, 64),
+             "text_filip_projection.weight": torch.randn(32, 64), "logit_scale_finegraind": one, "logit_scale_hardneg": one + 1}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    save_file(weights | extra, folder / "model.safetensors")
+    remote = {"architectures": ["FGCLIPModel"], "auto_map": {"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"}}
+    (folder / "config.json").write_text(json.dumps({**config(77).to_dict(), **remote}))
+    (folder / "modeling_fgclip.py").write_text("raise SystemExit('remote code ran')")
+    joined = torch.cat([extra[positions.format("_ori")][:20], extra[positions.format("_res")][20:]])
+    model = hf.CLIPModel(config(248)).eval()
+    model.load_state_dict(
+        weights | {positions.format(""): joined, "text_projection.weight": extra["text_filip_projection.weight"]}
+    )
+    return model
+
+
+@torch.no_grad()
+def fg_clip_cosine(model, image, text):
+    """As FG-CLIP's authors compute it: the picture squashed to the square, 248 tokens padded with the end mark."""
+    import open_clip
+
+    side = model.config.vision_config.image_size
+    pixels = torch.tensor(list(image.resize((side, side), Image.BICUBIC).tobytes())).view(1, side, side, 3) / 255
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = ((pixels - mean) / std).permute(0, 3, 1, 2)
+    ids = [49406, *open_clip.SimpleTokenizer().encode(text)]
+    ids = torch.tensor([ids + [49407] * (248 - len(ids))])
+    image_features = model.get_image_features(pixel_values=pixels).pooler_output
+    text_features = model.get_text_features(input_ids=ids).pooler_output
+    return float(torch.cosine_similarity(image_features, text_features))
+
+
+@pytest.mark.parametrize("patch, image, heads", [(16, 224, 4), (14, 336, 2)])  # base, large
+def test_a_converted_fg_clip_scores_as_the_original_formula_says(patch, image, heads, tmp_path):
+    original = fg_clip_checkpoint(tmp_path / "fg", patch, image, heads)
+    scorer = rewards.ClipScorer(f"fg-clip:{tmp_path / 'fg'}")
+    assert scorer.tokenizer.context_length == 248 and scorer.trims and scorer.model.visual.image_size == (image, image)
+    pictures = noise_pictures(2, (80, 56))
+    texts = ["a red circle", "One blue square is left of two green triangles, " * 20]  # 5 and 202 tokens with marks
+    assert len(scorer.windows(texts[1])) == 1
+    cosines = scorer.cosines([[p] for p in pictures] * 2, [texts[0]] * 2 + [texts[1]] * 2)
+    expected = [fg_clip_cosine(original, picture, text) for text in texts for picture in pictures]
+    assert cosines == pytest.approx(expected, abs=1e-5)
+    assert len({round(c, 3) for c in expected}) == 4
+    # converted once: the second time the checkpoint itself is not needed any more, and nothing else was left behind
+    assert {p.name for p in (tmp_path / "fg").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "modeling_fgclip.py",
+        "open_clip",
+    }
+    (tmp_path / "fg" / "model.safetensors").unlink()
+    again = rewards.ClipScorer(f"fg-clip:{tmp_path / 'fg'}")
+    assert again.cosines([[pictures[0]]], [texts[0]]) == pytest.approx(cosines[:1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda w, c: w.pop("text_filip_projection.weight"), "not FG-CLIP v1: it lacks text_filip_projection.weight"),
+        (lambda w, c: w.pop("text_model.encoder.layers.1.mlp.fc2.bias"), "it lacks text_model.encoder.layers.1.mlp.fc2.bias"),
+        (lambda w, c: c["text_config"].update(num_hidden_layers=1), "layers that config.json does not know, text_model.encoder.layers.1"),
+        (lambda w, c: (w.pop("text_filip_projection.weight"), w.update({"longtext_head.weight": torch.ones(4, 4)})), "this is FG-CLIP 2, not v1"),
+        (lambda w, c: [w.pop(name) for name in list(w) if "vision_model" in name], "and 34 more"),  # of 7 + 2 layers x 16
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_fg_clip_v1_says_what_is_missing(change, reason, tmp_path, cfg, accelerator):
+    from safetensors.torch import load_file, save_file
+
+    fg_clip_checkpoint(tmp_path, 16, 32, 2)
+    weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    change(weights, config)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as error:
+        pebr.load_clip(pebr.replace(cfg, clip_model=f"fg-clip:{tmp_path}"), accelerator)
+    assert reason in str(error.value) and not (tmp_path / "open_clip").exists()
+
+
+def test_an_fg_clip_folder_without_files_or_without_room_to_write_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must hold FG-CLIP's config.json and model.safetensors"):
+        rewards.ClipScorer(f"fg-clip:{tmp_path}")
+    fg_clip_checkpoint(tmp_path, 16, 32, 2)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="cannot be read as plain tensors"):  # half a download
+        rewards.ClipScorer(f"fg-clip:{tmp_path}")
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "open_clip").write_text("in the way")  # as good as a read-only folder, which root could write into
+    with pytest.raises(OSError, match="cannot write .*open_clip .*: copy the checkpoint to where you may write"):
+        rewards.ClipScorer(f"fg-clip:{tmp_path}")
+    assert not list(tmp_path.glob("open_clip.*"))  # nothing half-made
+
+
+def test_calibration_has_quartiles_auc_a_proposal_and_warnings(tmp_path):
+    scorer = rewards.ClipScorer(clip_folder(tmp_path / "clip"))
+    scorer.text.text_projection.neg_()  # these random weights have negative cosines
+    lists, texts = [[image] for image in noise_pictures(5)], ["red", "a blue dot", "two lines", "green", "nothing here"]
+    random_state = torch.get_rng_state()
+    result = rewards.calibrate(scorer, lists, texts)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    matched = scorer.cosines(lists, texts)
+    shuffled = scorer.cosines(lists[1:] + lists[:1], texts)
+    wins = sum((m > s) + (m == s) / 2 for m in matched for s in shuffled)
+    assert result["pairs"] == 5 and result["auc"] == pytest.approx(wins / 25, abs=1e-4)
+    # of 5 values the quartiles are the second, third and fourth
+    assert result["matched"] == pytest.approx(sorted(matched)[1:4], abs=1e-4)
+    assert result["shuffled"] == pytest.approx(sorted(shuffled)[1:4], abs=1e-4)
+    median = result["cosine_hi"]
+    # the proposal: medians, and no less than 0, which is the least that the flags take
+    assert (result["cosine_lo"], median) == (max(0, result["shuffled"][1]), result["matched"][1]) and median > 0
+    for hi, warning in ((0.9 * median, "earn all of"), (1.5 * median, None), (1.7 * median, "out of reach")):
+        scorer.hi = hi  # saturated; well placed; out of reach, since 1 / 1.7 < 0.6
+        hits = [w for w in rewards.calibrate(scorer, lists, texts)["warnings"] if "AUC" not in w]
+        assert (hits == []) if warning is None else (len(hits) == 1 and warning in hits[0])
+    blind = rewards.calibrate(scorer, [lists[0]] * 5, texts)  # one picture for all: matched is shuffled
+    assert blind["auc"] == 0.5 and "AUC < 0.7" in blind["warnings"][0]
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_perception_reports_a_calibration_on_descriptions_or_else_keywords(
+    described, cfg, toy, tmp_path, accelerator, capsys
+):
+    cfg = cfg if described else pebr.replace(cfg, sft_data="")
+    rows, clip = data.load_rows(cfg.train_data, cfg.image_root)[0], pebr.load_clip(cfg, accelerator)
+    random_state = torch.get_rng_state()
+    pebr.report_calibration(clip, rows, cfg, tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_state) and clip.cut_texts == 0
+    written = json.loads((tmp_path / "clip_calibration.json").read_text())
+    source = data.load_rows(cfg.sft_data, "")[0] if described else rows
+    text_of = (lambda r: rewards.parse_response(r.response).description) if described else (lambda r: ", ".join(r.key_words))
+    assert written["texts"] == ("descriptions of --sft_data" if described else "keywords")
+    assert written["pairs"] == len({text_of(row) for row in source} - {""}) > 1
+    printed = capsys.readouterr().out
+    assert f"suggests --cosine_lo {written['cosine_lo']:.2f} --cosine_hi {written['cosine_hi']:.2f}" in printed
+    assert all(f"WARNING: {warning}" in printed for warning in written["warnings"]) and written["warnings"]
+    pebr.report_calibration(clip, rows, cfg, tmp_path / ".." / tmp_path.name)  # deterministic
+    assert json.loads((tmp_path / "clip_calibration.json").read_text()) == written
+    if described:  # a broken picture takes its pair away, not the run
+        path = Path(source[0].images[0])
+        whole, broken = path.read_bytes(), path.write_bytes(b"no picture")
+        images, texts, _ = pebr.calibration_pairs(rows, cfg)
+        path.write_bytes(whole)
+        assert broken and len(images) == len(texts) == written["pairs"] - 1
 
 
 def test_a_part_that_does_not_apply_is_left_out(toy):
@@ -902,6 +1205,7 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
         ),  # before the first stage, not after hours
         (["--from_model", "x"], "--from_model and --from_data belong to one stage"),
         (["--stage", "perception", "--clip_dual", "0.5"], "--clip_dual 0.5"),
+        (["--stage", "perception", "--clip_device", "tpu"], "--clip_device tpu: must be one of cpu"),
         (["--stage", "percept"], "--stage percept: must be one of"),
         (["--stage", "perception", "--group_size", "1"], "--group_size 1"),
         (
@@ -924,6 +1228,10 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
             ["--stage", "evaluate", "--clip_model", "local-dir:/no/such/folder"],
             "--clip_model local-dir:/no/such/folder: no open_clip_config.json",
         ),
+        (
+            ["--clip_model", "fg-clip:/no/such/folder"],
+            "fg-clip:/no/such/folder: /no/such/folder must hold FG-CLIP's config.json",
+        ),
     ],
 )
 def test_wrong_flags_stop_with_a_message_that_names_them(argv, reason, tmp_path, toy):
@@ -933,6 +1241,7 @@ def test_wrong_flags_stop_with_a_message_that_names_them(argv, reason, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         pebr.main([*argv, "--run_dir", str(run_dir)])
     assert reason in str(stopped.value)
+    assert "--clip_model" not in argv or not (run_dir / "warmup").exists()  # found before the first stage
 
 
 SMALL = ["--max_steps", "2", "--rollout_batch_size", "4", "--update_batch_size", "2", "--group_size", "2", "--max_new_tokens", "16",
@@ -990,6 +1299,8 @@ def test_each_stage_leaves_what_the_readme_promises(toy_run):
         assert [r["step"] for r in records] == [1, 2] and len({tuple(r) for r in records}) == 1  # the same keys every step
         assert json.loads((toy_run / stage / "run_config.json").read_text())["max_steps"] == 2
         assert not (toy_run / stage / "checkpoint").exists()
+    calibration = json.loads((toy_run / "perception" / "clip_calibration.json").read_text())
+    assert 0 <= calibration["auc"] <= 1 and not (toy_run / "reasoning" / "clip_calibration.json").exists()
     sample = json.loads(lines(toy_run / "perception" / "samples.jsonl")[0])
     assert set(sample) == {"step", "qid", "prompt", "completion", "truncated", "reward", "parts", "advantage"}
     assert set(sample["parts"]) == {"clip", "keyword", "format", "length", "accuracy"}
@@ -1543,7 +1854,56 @@ def imports(name):
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
-COMMANDS = {"trl": bench_trl, "train_with_trl": train_with_trl, "train_with_pebr": train_with_pebr, "imports": imports}
+def bench_clip(rounds: int = 5) -> None:
+    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 15 to 45 words), as a Markdown table: best of `rounds`, the three
+    ways in turn. One call each = one picture and one padded text through open_clip, for each response."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    rng = random.Random(0)
+    words = "a the red blue large small circle square is left right of and with two three on white near corner".split()
+    texts = [" ".join(rng.choices(words, k=rng.randint(15, 45))) for _ in range(64)]
+    lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
+    print("| CLIP | one call each | batched | batched, padding trimmed | largest difference |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        data.build_toy_clip(Path(folder, "toy CLIP"), 0, TINY)
+        torch.manual_seed(0)
+        model = {name: w.contiguous() for name, w in open_clip.create_model("ViT-B-32").state_dict().items()}
+        Path(folder, "ViT-B-32").mkdir()
+        save_file(model, Path(folder, "ViT-B-32", "open_clip_model.safetensors"))
+        config = json.dumps({"model_cfg": open_clip.get_model_config("ViT-B-32")})
+        Path(folder, "ViT-B-32", "open_clip_config.json").write_text(config)
+        for name in ("toy CLIP", "ViT-B-32"):
+            scorer = rewards.ClipScorer(f"local-dir:{Path(folder, name)}")
+
+            @torch.inference_mode()
+            def one_call(image, text):
+                image = scorer.model.encode_image(scorer.preprocess(image)[None], normalize=True)
+                return float(image @ scorer.model.encode_text(scorer.tokenizer([text]), normalize=True).T)
+
+            def batched(trims):
+                scorer.trims = trims
+                return scorer.cosines(lists, texts)
+
+            ways = [lambda: [one_call(image, text) for [image], text in zip(lists, texts)], lambda: batched(False), lambda: batched(True)]  # fmt: skip
+            seconds, scores = [math.inf] * 3, [None] * 3
+            for _ in range(rounds):
+                for i, way in enumerate(ways):
+                    clock = time.process_time()
+                    scores[i] = way()
+                    seconds[i] = min(seconds[i], time.process_time() - clock)
+            difference = max(abs(a - b) for score in scores[1:] for a, b in zip(scores[0], score))
+            cells = [f"{s:.3g} s ({seconds[0] / s:.1f} x)" for s in seconds[1:]]
+            print(f"| {name} | {seconds[0]:.3g} s | {cells[0]} | {cells[1]} | {difference:.0e} |", flush=True)
+
+
+COMMANDS = {
+    "trl": bench_trl,
+    "train_with_trl": train_with_trl,
+    "train_with_pebr": train_with_pebr,
+    "imports": imports,
+    "clip": bench_clip,
+}
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](*sys.argv[2:])
