@@ -178,7 +178,7 @@ def load_rows(
             f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
         )
     root = image_root or default_image_root(path)
-    benchmark = find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set(), benchmark)
+    benchmark = benchmark or find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set())
     missing = {
         "answer": "no answer to grade against (of a warm-up row: its response has no final answer section)",
         "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
@@ -190,6 +190,10 @@ def load_rows(
         try:
             if not isinstance(raw, dict):
                 raise DataError("a row must be a JSON object")
+            if lacking := set(BENCHMARKS[benchmark].needs.split()) - raw.keys():
+                raise DataError(
+                    f"no {', '.join(sorted(lacking))}, which the rule of {benchmark} reads (--benchmark generic)"
+                )
             if "conversations" in raw:
                 raise DataError(
                     'no "messages": a warm-up row is {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}'
@@ -220,15 +224,8 @@ def load_rows(
 # Benchmark files: VLMEvalKit's TSV, or a benchmark's own JSON, one question a row
 
 
-def find_benchmark(path: str, columns: set[str], asked: str = "") -> str:
-    """Which of rewards.BENCHMARKS a file is: `asked`; else by name and columns; else "generic".
-
-    Raises DataError if the rule that is asked for reads a column that the file lacks.
-    """
-    if asked:
-        if lacking := set(BENCHMARKS[asked].needs.split()) - columns:
-            raise DataError(f"--benchmark {asked} reads the columns {', '.join(sorted(lacking))}, which {path} lacks")
-        return asked
+def find_benchmark(path: str, columns: set[str]) -> str:
+    """Which of rewards.BENCHMARKS a file is, by its name and columns; "generic" if none."""
     name = re.sub(r"[-_ ]", "", Path(path).stem.lower())
     for key, benchmark in BENCHMARKS.items():
         named = re.search(benchmark.name, name) and set(benchmark.needs.split()) <= columns

@@ -1652,17 +1652,13 @@ def evaluation_table(title: str, folders: dict[str, Path]) -> str:
     for mode, name in itertools.product(MODES, folders):
         if row := scores[name].get(mode):
             cells = ["-" if row[c] is None else f"{row[c]:.{1 if c == 'tokens' else 3}f}" for c in COLUMNS]
-            cells += ["{:.3f}-{:.3f}".format(*row["interval_95"])] + [
-                f"{k} {v:.3f}" for k, v in row["further"].items() if v is not None
-            ]
-            lines.append(
-                f"{name:<{width}}{mode:<10}"
-                + "".join(f"{cell:>11}" for cell in cells[: len(COLUMNS)])
-                + "   "
-                + "   ".join(cells[len(COLUMNS) :])
-            )
+            more = {"extracted": row["extracted"]} | {
+                key: value for key, value in row["further"].items() if value is not None
+            }
+            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells)
+                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.3f}" for key in more))  # fmt: skip
             last = row
-    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 %"
+    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
     sampled = f"; sampled: {last['responses_each']} responses each, T = {last['temperature']}" if last["temperature"] else ""
     return "\n".join([header, *lines, f"{last['n']} questions of {title}, judged by rule: {last['benchmark']}{sampled}"])
 

@@ -450,22 +450,30 @@ def letter_set(answer: str, row) -> bool:
     return letters(answer) == letters(row.answer) != set()
 
 
-def all_right(items: list, key: Callable) -> float:
-    """Share of the groups of rows with one key that are right as a whole."""
+def share(values: list) -> float:
+    return sum(values) / len(values)
+
+
+def group_mean(items: list, key: Callable, score: Callable = all) -> float:
+    """Mean over groups of rows with one key of `score` of their verdicts; all: the group counts if it is right as a whole."""
     groups = {}
     for row, _, right in items:
         groups.setdefault(key(row), []).append(right)
-    return sum(map(all, groups.values())) / len(groups)
+    return share([score(group) for group in groups.values()])
 
 
 def hallusion_scores(items: list) -> dict[str, float | None]:
-    """aAcc: questions; fAcc: figures, qAcc: questions over all their figures, right as a whole. From an index ..._set_figure_question."""
-    a, f, q = sum(right for *_, right in items) / len(items), None, None
-    if all(row.qid.count("_") >= 2 for row, *_ in items):
-        parts = lambda row: [row.raw["l2-category"], *row.qid.split("_")[-3:]]
-        f = all_right(items, lambda row: (*parts(row)[:2], parts(row)[2]))
-        q = all_right(items, lambda row: (*parts(row)[:2], parts(row)[3]))
-    return {"aAcc": a, "fAcc": f, "qAcc": q, "mean": None if f is None else (a + f + q) / 3}
+    """aAcc over questions; fAcc over figures, qAcc over questions with all their figures, right as a whole; their mean.
+
+    An index ends in _set_figure_question; None for another form.
+    """
+    place = lambda row: [row.raw["l2-category"], *row.qid.split("_")[-3:]]
+    a = share([right for *_, right in items])
+    if min(row.qid.count("_") for row, *_ in items) < 2:
+        return {"aAcc": a, "fAcc": None, "qAcc": None, "mean": None}
+    f = group_mean(items, lambda row: tuple(place(row)[:3]))
+    q = group_mean(items, lambda row: (*place(row)[:2], place(row)[3]))
+    return {"aAcc": a, "fAcc": f, "qAcc": q, "mean": (a + f + q) / 3}
 
 
 def wemath_scores(items: list) -> dict[str, float]:
@@ -483,15 +491,6 @@ def wemath_scores(items: list) -> dict[str, float]:
     return {name: score / len(problems) for name, score in scores.items()}
 
 
-def category_mean(items: list) -> dict[str, float]:
-    """MMStar: mean over the sub-categories."""
-    groups = {}
-    for row, _, right in items:
-        name = row.categories.get("l2_category") or row.categories.get("l2-category") or [""]
-        groups.setdefault(name[0], []).append(right)
-    return {"sub-category mean": sum(sum(group) / len(group) for group in groups.values()) / len(groups)}
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """How a benchmark's file is known, read and scored."""
@@ -507,24 +506,27 @@ class Benchmark:
 BENCHMARKS = {
     "mathvista": Benchmark("mathvista", mathvista, None, "question_type answer_type", "question_type answer_type", "text"),
     "mathvision": Benchmark("mathv(?!ista|erse)", mathvision, telling="options level subject"),
-    "mathverse": Benchmark("mathverse", telling="problem_version"),  # free form: as close as a rule comes to its judge
-    "chartqa": Benchmark("chartqa(?!pro)", relaxed, lambda items: {"relaxed_clean": sum(bool(a) and relaxed_clean(a, row) for row, a, _ in items) / len(items)},
-                         telling="imgname label", gold="any"),
+    "mathverse": Benchmark("mathverse", telling="problem_version"),
+    "chartqa": Benchmark(
+        "chartqa(?!pro)", relaxed, lambda items: {"relaxed_clean": share([bool(answer) and relaxed_clean(answer, row) for row, answer, _ in items])},
+        telling="imgname label", gold="any"),
     "ai2d": Benchmark("ai2d", inferred, gold="index"),
-    "mmstar": Benchmark("mmstar", inferred, category_mean),
+    "mmstar": Benchmark("mmstar", inferred, lambda items: {
+        "sub-category mean": group_mean(items, lambda row: row.raw.get("l2_category") or row.raw.get("l2-category"), share)}),
     "mmmu": Benchmark("mmmu", inferred, gold="any"),
     "hallusionbench": Benchmark("hallusion", yes_or_no, hallusion_scores, "l2-category"),
-    "dynamath": Benchmark("dynamath", dynamath, lambda items: {"worst case": all_right(items, lambda row: row.raw["qid"])},
-                          "qid answer_type", "qid varid answer_type"),
+    "dynamath": Benchmark(
+        "dynamath", dynamath, lambda items: {"worst case": group_mean(items, lambda row: row.raw["qid"])},
+        "qid answer_type", "qid varid answer_type"),
     "wemath": Benchmark("wemath", inferred, wemath_scores, "ID key", "ID key"),
     "logicvista": Benchmark("logicvista", letter_set),
-    "generic": Benchmark("$^"),  # matches no name: what is left
+    "generic": Benchmark("$^"),  # a pattern without a match: the rule for what is left
 }  # fmt: skip
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
-    """95 % interval of a share seen in n trials (Wilson 1927)."""
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+def wilson(p: float, n: int, z: float = 1.96) -> list[float]:
+    """95 % interval of a share p seen in n trials (Wilson 1927)."""
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round((middle + side * spread) / (1 + z * z / n), 4) for side in (-1, 1)]
 
 
@@ -534,39 +536,34 @@ def score_predictions(rows: list, records: list[dict]) -> dict:
     records: {"responses": n texts, and as far as they are known "parts", "tokens", "truncated"} of rows[i]. The interval takes
     the questions for its trials, however many responses each has: responses to one question are not independent.
     """
-    benchmark, mean = BENCHMARKS[rows[0].benchmark], lambda values: round(sum(values) / len(values), 4) if values else None
+    mean = lambda values: round(share(values), 4) if values and None not in values else None
+    benchmark, each = BENCHMARKS[rows[0].benchmark], len(records[0]["responses"])
     for row, record in zip(rows, records):
         found = [extract_answer(text) for text in record["responses"]]
         record["extracted"], record["extraction"] = [answer for answer, _ in found], [where for _, where in found]
         record["verdicts"] = [bool(answer) and benchmark.rule(answer, row) for answer, _ in found]
-    each, rights = len(records[0]["responses"]), [sum(r["verdicts"]) / len(r["verdicts"]) for r in records]
-    scores = {
-        "benchmark": rows[0].benchmark,
-        "judge": "rule",
-        "n": len(rows),
-        "responses_each": each,
-        "accuracy": mean(rights),
-    }
-    scores["interval_95"] = wilson(sum(rights) / len(rows), len(rows))
-    scores["extracted"] = mean([bool(answer) for record in records for answer in record["extracted"]])
-    for name in ("tokens", "truncated"):
-        scores[name] = mean([float(value) for record in records for value in record.get(name, [])])
-    for name in ("keyword", "clip", "format"):  # rows without keywords or pictures have no such part
-        scores[name] = mean([part[name] for record in records for part in record.get("parts", []) if name in part])
+    rights = [share(record["verdicts"]) for record in records]
+    of_parts = lambda name: [part[name] for record in records for part in record.get("parts", []) if name in part]
+    of_records = lambda name: [
+        float(bool(value) if name == "extracted" else value) for r in records for value in r.get(name, [])
+    ]
+    scores = {"benchmark": rows[0].benchmark, "judge": "rule", "n": len(rows), "responses_each": each}
+    scores |= {"accuracy": mean(rights), "interval_95": wilson(share(rights), len(rows))}
+    scores |= {name: mean(of_records(name)) for name in ("extracted", "truncated", "tokens")}
+    scores |= {name: mean(of_parts(name)) for name in ("keyword", "clip", "format")}
     scores["further"] = {f"pass@{each}": mean([right > 0 for right in rights])} if each > 1 else {}
-    if benchmark.scores:
-        runs = [
-            benchmark.scores([(row, r["extracted"][i], r["verdicts"][i]) for row, r in zip(rows, records)])
-            for i in range(each)
-        ]
-        scores["further"] |= {name: None if None in (of := [run[name] for run in runs]) else mean(of) for name in runs[0]}
+    if benchmark.scores:  # of one response to each question at a time
+        runs = [[(row, r["extracted"][i], r["verdicts"][i]) for row, r in zip(rows, records)] for i in range(each)]
+        runs = [benchmark.scores(run) for run in runs]
+        scores["further"] |= {name: mean([run[name] for run in runs]) for name in runs[0]}
     groups = {}
     for row, right in zip(rows, rights):
-        for column, values in row.categories.items():
-            for value in values:
-                groups.setdefault(column, {}).setdefault(value, []).append(right)
+        for column, value in [(column, value) for column, values in row.categories.items() for value in values]:
+            groups.setdefault(column, {}).setdefault(value, []).append(right)
+    summary = lambda group: {"n": len(group), "accuracy": mean(group)}
     scores["categories"] = {
-        column: {value: {"n": len(group), "accuracy": mean(group)} for value, group in sorted(found.items())}
-        for column, found in groups.items() if len(found) > 1
-    }  # fmt: skip
+        column: {value: summary(group) for value, group in sorted(found.items())}
+        for column, found in groups.items()
+        if len(found) > 1
+    }
     return scores

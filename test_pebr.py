@@ -879,7 +879,11 @@ def base64_picture(mode="RGB", size=(56, 28)):
 def tsv(path, *rows):
     """A TSV as pandas writes it. Rows get an index and a picture unless they have them; None leaves a column out."""
     rows = [{"index": i, "image": base64_picture(), "question": "q", **row} for i, row in enumerate(rows)]
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if None not in (row.get(name, "") for row in rows)]
+    columns = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if None not in (row.get(name, "") for row in rows)
+    ]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore")
         writer.writeheader()
@@ -887,13 +891,18 @@ def tsv(path, *rows):
     return str(path)
 
 
+NO_MODEL = ["--model", "none", "--train_data", "none", "--mixed_precision", "no"]
+
+
 def regrade(run_dir, path, responses, *argv):
     """scores.json of saved predictions: {qid: [response, ...]}, all of one length. No model is there to be loaded."""
     folder = run_dir / "evaluate" / "base"
     folder.mkdir(parents=True, exist_ok=True)
     mode = "greedy" if len(next(iter(responses.values()))) == 1 else "sampled"
-    pebr.write_jsonl(folder / f"predictions_{mode}.jsonl", [{"qid": q, "responses": texts} for q, texts in responses.items()])
-    run(run_dir, "--stage", "evaluate", "--regrade", "--model", "none", "--train_data", "none", "--test_data", path, *argv)
+    pebr.write_jsonl(
+        folder / f"predictions_{mode}.jsonl", [{"qid": q, "responses": texts} for q, texts in responses.items()]
+    )
+    run(run_dir, "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", path, *argv)
     return json.loads((folder / "scores.json").read_text())[mode]
 
 
@@ -901,7 +910,14 @@ def answered(*answers):
     return {str(i): [f"### The final answer is: {answer}"] for i, answer in enumerate(answers)}
 
 
-VISTA = {"question_type": "free_form", "answer_type": "text", "task": "t", "choices": "[]", "answer_option": "", "skills": "['a']"}
+VISTA = {
+    "question_type": "free_form",
+    "answer_type": "text",
+    "task": "t",
+    "choices": "[]",
+    "answer_option": "",
+    "skills": "['a']",
+}
 PICK = {**VISTA, "question_type": "multi_choice"}
 CASES = {  # file name: (rows with the answer given to each, accuracy, further scores)
     "MathVista_MINI.tsv": (
@@ -1038,7 +1054,12 @@ def test_a_benchmark_is_scored_by_its_own_rule(name, tmp_path):
 
 
 def test_scores_hold_interval_shares_and_categories(tmp_path):
-    rows = [{"answer": "3", "category": "x"}, {"answer": "3", "category": "x"}, {"answer": "3", "category": "y"}, {"answer": "3", "category": "y"}]
+    rows = [
+        {"answer": "3", "category": "x"},
+        {"answer": "3", "category": "x"},
+        {"answer": "3", "category": "y"},
+        {"answer": "3", "category": "y"},
+    ]
     texts = [
         ["### The final answer is: 3", r"so \boxed{\text{3}}"],  # twice right
         [r"\boxed{4} or \boxed{3}", "3 " * 40],  # the last box; a long text without an answer
@@ -1047,7 +1068,12 @@ def test_scores_hold_interval_shares_and_categories(tmp_path):
     ]
     scores = regrade(tmp_path, tsv(tmp_path / "exam.tsv", *rows), {str(i): pair for i, pair in enumerate(texts)})
     saved = [json.loads(line) for line in lines(tmp_path / "evaluate" / "base" / "predictions_sampled.jsonl")]
-    assert [r["extraction"] for r in saved] == [["section", "boxed"], ["boxed", "none"], ["whole", "none"], ["whole", "section"]]
+    assert [r["extraction"] for r in saved] == [
+        ["section", "boxed"],
+        ["boxed", "none"],
+        ["whole", "none"],
+        ["whole", "section"],
+    ]
     assert saved[0]["extracted"] == ["3", r"\text{3}"] and saved[1]["extracted"] == ["3", ""]
     assert scores["accuracy"] == 0.5 and scores["further"] == {"pass@2": 0.75}  # (2/2 + 1/2 + 1/2 + 0/2) / 4; 3 of 4
     assert scores["extracted"] == 0.75 and scores["responses_each"] == 2  # 6 of 8
@@ -1058,7 +1084,7 @@ def test_scores_hold_interval_shares_and_categories(tmp_path):
 
 def test_another_benchmark_regrades_the_same_predictions_and_a_tsv_goes_to_vlmevalkits_judge(tmp_path):
     path = tsv(tmp_path / "charts.tsv", {"answer": "10", "question": "two\nlines"}, {"answer": "['a', 'b']"})
-    responses = answered("10.4", "b") | {}
+    responses = answered("10.4", "b")
     assert regrade(tmp_path, path, responses)["accuracy"] == 0.0  # the generic rule: 10.4 is not 10
     assert regrade(tmp_path, path, responses, "--benchmark", "chartqa")["accuracy"] == 1.0
     with open(tmp_path / "evaluate" / "base" / "predictions_greedy.tsv", newline="") as file:
@@ -1073,7 +1099,7 @@ def test_several_files_are_scored_each_in_its_folder(tmp_path):
         (tmp_path / "evaluate" / "base" / name).mkdir(parents=True)
         record = [{"qid": "0", "responses": [answer]}]
         pebr.write_jsonl(tmp_path / "evaluate" / "base" / name / "predictions_greedy.jsonl", record)
-    run(tmp_path, "--stage", "evaluate", "--regrade", "--model", "none", "--train_data", "none", "--test_data", ",".join(paths))
+    run(tmp_path, "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", ",".join(paths))
     scores = [json.loads((tmp_path / "evaluate" / "base" / name / "scores.json").read_text()) for name in ("one", "two")]
     assert [score["greedy"]["accuracy"] for score in scores] == [1.0, 0.0]
     table = (tmp_path / "evaluate" / "table.txt").read_text()
@@ -1087,13 +1113,29 @@ def problems_of(path, **kwargs):
 
 
 def test_prompts_show_hint_options_and_marks_once(tmp_path):
-    two = f"['{base64_picture()}', '{base64_picture('L')}']"
+    one, other = base64_picture(), base64_picture("L")
+    two = f"['{one}', '{other}']"
     path = tsv(
         tmp_path / "MMMU_DEV_VAL.tsv",
         {"question": "Which?", "A": "one", "B": "None", "answer": "B", "hint": "Look.", "C": ""},
-        {"question": "See <image 2>, <image 1>, <image 2>.", "image": two, "answer": "x", "A": "", "B": "", "hint": "", "C": ""},
+        {
+            "question": "See <image 2>, <image 1>, <image 2>.",
+            "image": two,
+            "answer": "x",
+            "A": "",
+            "B": "",
+            "hint": "",
+            "C": "",
+        },
         {"question": "Which is it?", "image": two, "A": "<image 1>", "B": "<image 3>", "answer": "A", "hint": "", "C": ""},
-        {"question": "Which?\n(A) one\n(B) two\nChoices: (A) one (B) two", "A": "one", "B": "two", "answer": "B", "hint": "", "C": ""},
+        {
+            "question": "Which?\n(A) one\n(B) two\nChoices: (A) one (B) two",
+            "A": "one",
+            "B": "two",
+            "answer": "B",
+            "hint": "",
+            "C": "",
+        },
     )
     rows, problems = data.load_rows(path)
     assert problems == [] and [row.problem for row in rows] == [
@@ -1102,9 +1144,14 @@ def test_prompts_show_hint_options_and_marks_once(tmp_path):
         "<image>Which is it?\nOptions:\nA. <image>\nB. <image 3>",  # a picture without a mark comes before the question
         "Which?\n(A) one\n(B) two\nChoices: (A) one (B) two",  # options are not shown twice
     ]
-    sizes = [[data.load_image(image, 1, 10**6).getpixel((0, 0)) for image in row.images] for row in rows]
-    assert list(map(len, sizes)) == [1, 2, 2, 1] and rows[1].images == rows[2].images[::-1]
-    vision = tsv(tmp_path / "MathVision.tsv", {"question": "<image1> or <image2>?", "choices": "['A', 'B', 'C']", "answer": "B"})
+    assert [row.images for row in rows[:3]] == [
+        [data.INLINE + one],
+        [data.INLINE + other, data.INLINE + one],
+        [data.INLINE + other, data.INLINE + one],
+    ]
+    vision = tsv(
+        tmp_path / "MathVision.tsv", {"question": "<image1> or <image2>?", "choices": "['A', 'B', 'C']", "answer": "B"}
+    )
     assert problems_of(vision) == ["<image> or <image2>?"]  # one merged picture; options that are only letters are in it
 
 
@@ -1114,7 +1161,11 @@ def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path(tmp_path):
         tmp_path / "rows.tsv",
         {"answer": "x", "image": base64_picture("RGBA", (56, 28)), "image_path": "unused.png"},
         {"answer": "x", "image": "0", "image_path": ""},
-        {"answer": "x", "image": f"['{base64_picture('P', (30, 31))}', '{base64_picture('LA', (32, 33))}']", "image_path": ""},
+        {
+            "answer": "x",
+            "image": f"['{base64_picture('P', (30, 31))}', '{base64_picture('LA', (32, 33))}']",
+            "image_path": "",
+        },
         {"answer": "x", "image": "", "image_path": "a.png"},
         {"answer": "x", "image": "", "image_path": "['a.png', 'b.png']"},
     )
@@ -1161,9 +1212,12 @@ def test_a_benchmark_is_told_by_name_and_columns(tmp_path):
     columns = {"question", "answer"}
     names = {"ChartQA_TEST": "chartqa", "ChartQAPro": "generic", "MATH-V": "mathvision", "MathVerse_MINI_Vision_Only": "mathverse",
              "AI2D_TEST_NO_MASK": "ai2d", "train": "generic", "MathVista_MINI": "generic", "WeMath": "generic"}  # fmt: skip
-    assert {name: data.find_benchmark(f"{name}.tsv", columns) for name in names} == names  # the last two lack what their rules read
+    assert {
+        name: data.find_benchmark(f"{name}.tsv", columns) for name in names
+    } == names  # the last two lack what their rules read
     assert data.find_benchmark("x.tsv", columns | {"ID", "key"}) == "wemath"
-    assert data.find_benchmark("MathVista.tsv", columns, "mmstar") == "mmstar"
+    rows, _ = data.load_rows(tsv(tmp_path / "MathVista.tsv", {"answer": "x"}), benchmark="mmstar")
+    assert rows[0].benchmark == "mmstar"
 
 
 @pytest.mark.parametrize(
@@ -1202,7 +1256,9 @@ def test_a_tsv_that_is_none_says_so(tmp_path):
         return str(error.value)
 
     assert "no rows" in reason_of(b"") and "no rows" in reason_of(b"index\timage\tquestion\tanswer\n")
-    assert "no image or image_path column; its columns are answer, index, question" in reason_of(b"index\tquestion\tanswer\n1\tq\ta\n")
+    assert "no image or image_path column; its columns are answer, index, question" in reason_of(
+        b"index\tquestion\tanswer\n1\tq\ta\n"
+    )
     assert "no index column" in reason_of(b"image\tquestion\tanswer\n1\tq\ta\n")
     assert "no tab-separated table" in reason_of(b"index\xff\timage\n")
     (tmp_path / "rows.tsv").write_text("index\timage\tquestion\tanswer\n1\tx\tq\n2\tx\tq\ta\tb\n")
@@ -1215,32 +1271,45 @@ def test_an_evaluation_that_cannot_be_scored_says_so(tmp_path):
     path = tsv(tmp_path / "rows.tsv", {"answer": "x"}, {"answer": "y"})
     for argv, reason in (
         (["--benchmark", "imagenet"], "--benchmark imagenet: must be one of mathvista, "),
-        (["--benchmark", "dynamath"], "--benchmark dynamath reads the columns answer_type, qid, which"),
+        (["--benchmark", "dynamath"], "rows.tsv row 0: no answer_type, qid, which the rule of dynamath reads"),
         (["--test_data", f"{path},{path}"], "each file needs a name of its own"),
         ([], "has no predictions; evaluate first"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            run(tmp_path / "run", "--stage", "evaluate", "--regrade", "--model", "none", "--train_data", "none", "--test_data", path, *argv)
+            run(tmp_path / "run", "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", path, *argv)
         assert reason in str(stopped.value)
     with pytest.raises(SystemExit, match="has no prediction for 1 questions, the first is rows.tsv row 1: evaluate first"):
         regrade(tmp_path, path, answered("x"))
-    assert regrade(tmp_path, path, answered("x"), "--skip_bad_rows")["n"] == 1  # a row that was dropped when its picture was opened
+    assert (
+        regrade(tmp_path, path, answered("x"), "--skip_bad_rows")["n"] == 1
+    )  # a row that was dropped when its picture was opened
 
 
 def test_hostile_responses_are_extracted_and_judged_in_no_time():
     clock = time.perf_counter()
-    for text in (r"\boxed{" * 20_000, "\\boxed{" + "{" * 100_000, "### The final answer is: " + "9" * 50_000, "### The final answer is: " + "A" * 10**5):
+    for text in (
+        r"\boxed{" * 20_000,
+        "\\boxed{" + "{" * 100_000,
+        "### The final answer is: " + "9" * 50_000,
+        "### The final answer is: " + "A" * 10**5,
+    ):
         answer, _ = rewards.extract_answer(text)
         for name, benchmark in rewards.BENCHMARKS.items():
             raw = {"answer_type": "float", "question_type": "x"}
-            row = Row("", "", "", "3", [], choices=["3", "4"] if name in ("mathvista", "mathvision", "ai2d") else None, raw=raw)
+            row = Row(
+                "", "", "", "3", [], choices=["3", "4"] if name in ("mathvista", "mathvision", "ai2d") else None, raw=raw
+            )
             assert not (answer and benchmark.rule(answer, row) and name != "mathvista")
     assert time.perf_counter() - clock < 2  # mathvista takes the most similar option, whatever it is
 
 
 def test_a_model_is_evaluated_on_a_tsv_resumes_and_regrades_to_the_same_scores(night_sky, tmp_path, monkeypatch):
     rows = [{"question": "Which color ?", "A": "pale", "B": "blue", "answer": "B", "category": "sky"} for _ in range(3)]
-    path = tsv(tmp_path / "sky.tsv", *rows, {"question": "Is it late ?", "image": "0", "A": "", "B": "", "answer": "yes", "category": "time"})
+    path = tsv(
+        tmp_path / "sky.tsv",
+        *rows,
+        {"question": "Is it late ?", "image": "0", "A": "", "B": "", "answer": "yes", "category": "time"},
+    )
     argv = ["--stage", "evaluate", "--model", str(night_sky / "model"), "--train_data", "none", "--test_data", path, "--mixed_precision", "no",
             "--max_new_tokens", "8", "--max_pixels", "10000", "--prompt_file", str(night_sky / "prompt.txt"), "--eval_samples", "2",
             "--generate_batch_size", "2"]  # fmt: skip
@@ -1262,13 +1331,14 @@ def test_a_model_is_evaluated_on_a_tsv_resumes_and_regrades_to_the_same_scores(n
     texts = [(whole / name).read_text() for name in names]
     assert [(parts / name).read_text() for name in names] == texts
     scores = json.loads(texts[-1])
-    assert scores["sampled"]["n"] == 4 and scores["sampled"]["temperature"] == 0.5 and "pass@2" in scores["sampled"]["further"]
+    assert (
+        scores["sampled"]["n"] == 4 and scores["sampled"]["temperature"] == 0.5 and "pass@2" in scores["sampled"]["further"]
+    )
     assert set(scores["greedy"]["categories"]) == {"category", "form"} and 0 <= scores["greedy"]["truncated"] <= 1
     assert scores["greedy"]["keyword"] is None and scores["greedy"]["tokens"] > 0
     run(tmp_path / "parts", *argv, "--regrade", "--eval_temperature", "0.9")  # what was sampled was sampled at 0.5
     assert [(parts / name).read_text() for name in names] == texts
-    one = [word for word in argv if word not in ("--eval_samples", "2")]
-    run(tmp_path / "greedy", *one, "--eval_samples", "0", "--generate_batch_size", "2")
+    run(tmp_path / "greedy", *argv, "--eval_samples", "0")
     assert set(json.loads((tmp_path / "greedy" / "evaluate" / "base" / "scores.json").read_text())) == {"greedy"}
 
 
