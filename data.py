@@ -39,9 +39,7 @@ from rewards import BENCHMARKS, parse_response
 IMAGE_MARK = "<image>"
 MIN_IMAGE_SIDE = 28  # pixels; the paper drops warm-up rows with smaller pictures
 RETHINK = "let me rethink it"  # the paper drops warm-up rows that say so, in any case
-INLINE = (
-    "data:;base64,"  # a picture that stands in the data file itself: this, then its base64 text, decoded when it is opened
-)
+INLINE = "data:;base64,"  # begins a picture that stands in the data file: its base64 text follows, decoded when it is opened
 LINK_LENGTH = 64  # characters; a shorter image cell of a TSV is the index of the row that holds the picture (VLMEvalKit)
 LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
 
@@ -172,7 +170,7 @@ def load_rows(
     """
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file")
-    raws, cells = read_tsv_rows(path) if path.lower().endswith(".tsv") else (read_json_rows(path), None)
+    raws, pictures = read_tsv_rows(path) if path.lower().endswith(".tsv") else (read_json_rows(path), None)
     if not raws:
         raise DataError(
             f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
@@ -203,7 +201,7 @@ def load_rows(
             elif "problem" in raw or not {"question", "query"} & raw.keys():
                 row = rl_row(where, raw, root)
             else:
-                row = question_row(where, raw, root, BENCHMARKS[benchmark].gold, cells)
+                row = question_row(where, raw, root, BENCHMARKS[benchmark].gold, pictures)
             row.benchmark, row.categories = benchmark, row_categories(row)
             marks = row.problem.count(IMAGE_MARK)
             if marks and marks != len(row.images):
@@ -234,8 +232,8 @@ def find_benchmark(path: str, columns: set[str]) -> str:
     return "generic"
 
 
-def read_tsv_rows(path: str) -> tuple[list[dict], dict[str, str]]:
-    """Rows of a VLMEvalKit TSV without their image cells, and the image cells by index.
+def read_tsv_rows(path: str) -> tuple[list[dict], dict[str, list | str]]:
+    """Rows of a VLMEvalKit TSV without their image cells, and those by index: pictures, or the index of the row that has them.
 
     Cells stay the texts that they are: an option "None", "NA" or "nan" is an option (pandas, hence VLMEvalKit, drops it).
     """
@@ -249,10 +247,14 @@ def read_tsv_rows(path: str) -> tuple[list[dict], dict[str, str]]:
     for names in ({"index"}, {"question"}, {"answer"}, {"image", "image_path"}):
         if rows and not names & columns:
             raise DataError(f"{path}: no {' or '.join(sorted(names))} column; its columns are {', '.join(sorted(columns))}")
-    cells = {}
+    pictures = {}
     for row in rows:
-        cells.setdefault(row["index"], row.pop("image", ""))
-    return rows, cells
+        cell = row.pop("image", "") or ""
+        items = cell[1:-1].split(",") if cell.startswith("[") else [cell]  # base64 has no commas
+        pictures.setdefault(
+            row["index"], [INLINE + item.strip(" '\"") for item in items] if len(cell) > LINK_LENGTH else cell
+        )
+    return rows, pictures
 
 
 def literal_list(text: str, name: str) -> list[str]:
@@ -273,19 +275,16 @@ def listed(value, name: str) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-def tsv_pictures(raw: dict, root: str, cells: dict[str, str]) -> list[str]:
-    """Pictures of a TSV row: base64 in its image cell, a list of those, the index of the row that has them; else image_path."""
-    cell = cells[raw["index"]] or ""
-    if 0 < len(cell) <= LINK_LENGTH:
-        if len(cells.get(cell) or "") <= LINK_LENGTH:
-            raise DataError(f"its image is that of index {cell}, but no such row holds a picture")
-        cell = cells[cell]
-    if cell:
-        items = [item.strip(" '\"") for item in cell[1:-1].split(",")] if cell.startswith("[") else [cell]
-        return [INLINE + item for item in items]
-    if not raw.get("image_path"):
-        raise DataError("its image cell is empty, and it has no image_path")
-    return image_paths({"images": listed(raw["image_path"], "image_path")}, root)
+def tsv_pictures(raw: dict, root: str, pictures: dict[str, list | str]) -> list[str]:
+    """Pictures of a TSV row: its own, or those of the row that its image cell names; without such a cell, from image_path."""
+    found = pictures[raw["index"]]
+    if not found:
+        if not raw.get("image_path"):
+            raise DataError("its image cell is empty, and it has no image_path")
+        return image_paths({"images": listed(raw["image_path"], "image_path")}, root)
+    if isinstance(found, str) and not isinstance(pictures.get(found), list):
+        raise DataError(f"its image is that of index {found}, but no such row holds a picture")
+    return pictures[found] if isinstance(found, str) else found
 
 
 def row_choices(raw: dict) -> list[str] | None:
@@ -304,8 +303,8 @@ def row_choices(raw: dict) -> list[str] | None:
 
 
 def shown_choices(question: str) -> list[str] | None:
-    """Option texts that the question itself lists after "Choices:" or "Options:", labelled A, B, ...; None if it does not."""
-    tail = re.split(r"(?:Choices|Options):", question)[1:][-1:]
+    """Option texts that the question lists itself, labelled A, B, ... after "Choices:", "Options:" or a line end; else None."""
+    tail = re.split(r"(?:Choices|Options):|\n(?=\(?A[).:])", question)[1:][-1:]
     pieces = re.split(r"(?:^|[\s,;])\(?([A-Z])[).:]\s*", tail[0]) if tail else []
     letters, texts = pieces[1::2], [text.strip(" ,;\n") for text in pieces[2::2]]
     return texts if len(texts) > 1 and letters == list(ascii_uppercase[: len(texts)]) and all(texts) else None
@@ -316,7 +315,7 @@ def gold_letter(answer: str, choices: list[str], kind: str) -> str:
     bare = answer.strip("(). \n")
     index = choices.index(answer) if answer in choices else None
     if kind == "index" and bare.isdecimal():
-        index = int(bare)
+        index = int(bare[:9])
     elif len(bare) == 1 and bare in ascii_uppercase and not (kind == "text" and index is not None):
         index = ascii_uppercase.index(bare)
     if index is None or index >= len(choices):
@@ -342,19 +341,21 @@ def place_images(question: str, images: list[str]) -> tuple[str, list[str]]:
     return IMAGE_MARK * len(unmarked) * bool(order) + question, [images[i] for i in unmarked + order]
 
 
-def question_row(where: str, raw: dict, root: str, gold: str, cells: dict[str, str] | None) -> Row:
-    """A row of a benchmark: VLMEvalKit's columns (cells: the TSV's image cells), or those of the benchmark's own JSON.
+def question_row(where: str, raw: dict, root: str, gold: str, pictures: dict | None) -> Row:
+    """A row of a benchmark: VLMEvalKit's columns (pictures: see read_tsv_rows), or those of the benchmark's own JSON.
 
     The question is the prompt that the benchmark comes with (query_cot, query) or its question, a hint before it, and its
     options after it unless it shows them or they are only letters, which stand in the picture. The answer of a question
     with options is stored as a letter.
     """
-    if cells is not None and (None in raw or None in raw.values()):
+    if pictures is not None and (None in raw or None in raw.values()):
         raise DataError("it has not as many cells as the header has columns")
     first = lambda *names: next((name for name in names if raw.get(name) not in (None, "", [])), names[-1])
-    images_at = first("image", "image_path", "imgname", "images")
-    pictures = {"images": [raw[images_at]] if isinstance(raw.get(images_at), str) else raw.get(images_at)}
-    images = image_paths(pictures, root) if cells is None else tsv_pictures(raw, root, cells)
+    if pictures is None:
+        names = raw.get(first("image", "image_path", "imgname", "images"))
+        images = image_paths({"images": [names] if isinstance(names, str) else names}, root)
+    else:
+        images = tsv_pictures(raw, root, pictures)
     row = Row(where, str(raw.get(first("index", "qid", "pid", "id", "sample_index"), where)), "", "", images, raw=raw)
     question = text_field(raw, first("query_cot", "query", "question"))
     if raw.get("hint"):
@@ -370,7 +371,7 @@ def question_row(where: str, raw: dict, root: str, gold: str, cells: dict[str, s
         row.answer = gold_letter(row.answer, row.choices, "letter" if raw.get("answer_option") else gold)
         if not shown and row.choices != list(ascii_uppercase[: len(row.choices)]):
             question += "\nOptions:" + "".join(f"\n{a}. {text}" for a, text in zip(ascii_uppercase, row.choices))
-    elif shown and row.answer.strip("(). \n") in ascii_uppercase[: len(shown)]:
+    elif shown and row.answer.strip("(). \n") in list(ascii_uppercase[: len(shown)]):
         row.answer, row.choices = gold_letter(row.answer, shown, "letter"), shown
     row.problem, row.images = place_images(question, images)
     return row
@@ -392,7 +393,8 @@ CATEGORIES = ("category", "l2-category", "l2_category", "subject", "level", "kno
 
 def row_categories(row: Row) -> dict[str, list[str]]:
     """The columns that a file's scores are split by, and whether the question has options."""
-    found = {name: listed(row.raw[name], name) for name in CATEGORIES if row.raw.get(name) not in (None, "")}
+    values = {name: row.raw[name] for name in CATEGORIES if row.raw.get(name) not in (None, "")}
+    found = {name: listed(value, name) if name == "skills" else [str(value)] for name, value in values.items()}
     return found | {"form": ["multiple choice" if row.choices else "free form"]}
 
 

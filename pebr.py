@@ -1621,6 +1621,10 @@ def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> 
                     f"{path} has no prediction for {len(missing)} questions, the first is {missing[0]}: evaluate first"
                 )
             records = [saved[row.qid] for row in rows]
+            if len(counts := {len(record["responses"]) for record in records}) > 1:
+                raise DataError(
+                    f"{path} has {min(counts)} to {max(counts)} responses to a question: it takes the same number for each"
+                )
             scores[mode] = {
                 "temperature": earlier.get(mode, {}).get("temperature", temperature),
                 **score_predictions(rows, records),
