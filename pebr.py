@@ -301,6 +301,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
          f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
     need(not cfg.benchmark or cfg.benchmark in BENCHMARKS,
          f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")  # fmt: skip
+    need(not cfg.regrade or cfg.stage == "evaluate", "--regrade is for --stage evaluate")
     for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
         need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
     need(cfg.stage != "perception" or cfg.clip_model,

@@ -877,15 +877,11 @@ def base64_picture(mode="RGB", size=(56, 28)):
 
 
 def tsv(path, *rows):
-    """A TSV as pandas writes it. Rows get an index and a picture unless they have them; None leaves a column out."""
+    """A TSV as pandas writes it. Rows get an index, a picture and a question unless they have them."""
     rows = [{"index": i, "image": base64_picture(), "question": "q", **row} for i, row in enumerate(rows)]
-    columns = [
-        name
-        for name in dict.fromkeys(name for row in rows for name in row)
-        if None not in (row.get(name, "") for row in rows)
-    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore")
+        writer = csv.DictWriter(file, columns, delimiter="\t")
         writer.writeheader()
         writer.writerows(rows)
     return str(path)
@@ -910,14 +906,7 @@ def answered(*answers):
     return {str(i): [f"### The final answer is: {answer}"] for i, answer in enumerate(answers)}
 
 
-VISTA = {
-    "question_type": "free_form",
-    "answer_type": "text",
-    "task": "t",
-    "choices": "[]",
-    "answer_option": "",
-    "skills": "['a']",
-}
+VISTA = {"question_type": "free_form", "answer_type": "text", "choices": "[]", "answer_option": "", "skills": "['a']"}
 PICK = {**VISTA, "question_type": "multi_choice"}
 CASES = {  # file name: (rows with the answer given to each, accuracy, further scores)
     "MathVista_MINI.tsv": (
@@ -1025,6 +1014,7 @@ CASES = {  # file name: (rows with the answer given to each, accuracy, further s
             ({"answer": "A, C", "skill": "inductive"}, "C and A", 1),
             ({"answer": "B", "skill": "inductive"}, "b", 1),
             ({"answer": "D", "skill": "spatial"}, "A, D", 0),
+            ({"answer": "BC", "skill": "spatial", "question": "Which two?\nA. x\nB. y\nC. z"}, "B, C", 1),
         ],
         {},
     ),
@@ -1055,10 +1045,8 @@ def test_a_benchmark_is_scored_by_its_own_rule(name, tmp_path):
 
 def test_scores_hold_interval_shares_and_categories(tmp_path):
     rows = [
-        {"answer": "3", "category": "x"},
-        {"answer": "3", "category": "x"},
-        {"answer": "3", "category": "y"},
-        {"answer": "3", "category": "y"},
+        {"answer": "3", "category": name, "skills": skills}
+        for name, skills in zip("xxyy", ["['a', 'b']", "['b']", "[]", ""])
     ]
     texts = [
         ["### The final answer is: 3", r"so \boxed{\text{3}}"],  # twice right
@@ -1079,7 +1067,10 @@ def test_scores_hold_interval_shares_and_categories(tmp_path):
     assert scores["extracted"] == 0.75 and scores["responses_each"] == 2  # 6 of 8
     # Wilson for 2 of 4, z = 1.96: (0.5 + 3.8416 / 8 -+ 1.96 sqrt(0.25 / 4 + 3.8416 / 64)) / (1 + 3.8416 / 4) = (0.9802 -+ 0.6862) / 1.9604
     assert scores["interval_95"] == [0.15, 0.85]
-    assert scores["categories"] == {"category": {"x": {"n": 2, "accuracy": 0.75}, "y": {"n": 2, "accuracy": 0.25}}}
+    assert scores["categories"] == {
+        "category": {"x": {"n": 2, "accuracy": 0.75}, "y": {"n": 2, "accuracy": 0.25}},
+        "skills": {"a": {"n": 1, "accuracy": 1.0}, "b": {"n": 2, "accuracy": 0.75}},
+    }
 
 
 def test_another_benchmark_regrades_the_same_predictions_and_a_tsv_goes_to_vlmevalkits_judge(tmp_path):
@@ -1106,12 +1097,6 @@ def test_several_files_are_scored_each_in_its_folder(tmp_path):
     assert "1 questions of one.tsv" in table and "1 questions of two.tsv" in table
 
 
-def problems_of(path, **kwargs):
-    rows, problems = data.load_rows(str(path), **kwargs)
-    assert problems == []
-    return [row.problem for row in rows]
-
-
 def test_prompts_show_hint_options_and_marks_once(tmp_path):
     one, other = base64_picture(), base64_picture("L")
     two = f"['{one}', '{other}']"
@@ -1128,21 +1113,14 @@ def test_prompts_show_hint_options_and_marks_once(tmp_path):
             "C": "",
         },
         {"question": "Which is it?", "image": two, "A": "<image 1>", "B": "<image 3>", "answer": "A", "hint": "", "C": ""},
-        {
-            "question": "Which?\n(A) one\n(B) two\nChoices: (A) one (B) two",
-            "A": "one",
-            "B": "two",
-            "answer": "B",
-            "hint": "",
-            "C": "",
-        },
+        {"question": "Which?\n(A) one\n(B) two", "A": "one", "B": "two", "answer": "B", "hint": "", "C": ""},
     )
     rows, problems = data.load_rows(path)
     assert problems == [] and [row.problem for row in rows] == [
         "Hint: Look.\nWhich?\nOptions:\nA. one\nB. None",
         "See <image>, <image>, <image 2>.",  # the second picture first, and a repeated mark stays text
         "<image>Which is it?\nOptions:\nA. <image>\nB. <image 3>",  # a picture without a mark comes before the question
-        "Which?\n(A) one\n(B) two\nChoices: (A) one (B) two",  # options are not shown twice
+        "Which?\n(A) one\n(B) two",  # options are not shown twice
     ]
     assert [row.images for row in rows[:3]] == [
         [data.INLINE + one],
@@ -1152,7 +1130,9 @@ def test_prompts_show_hint_options_and_marks_once(tmp_path):
     vision = tsv(
         tmp_path / "MathVision.tsv", {"question": "<image1> or <image2>?", "choices": "['A', 'B', 'C']", "answer": "B"}
     )
-    assert problems_of(vision) == ["<image> or <image2>?"]  # one merged picture; options that are only letters are in it
+    assert [row.problem for row in data.load_rows(vision)[0]] == [
+        "<image> or <image2>?"
+    ]  # one merged picture; options that are only letters are in it
 
 
 def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path(tmp_path):
@@ -1278,6 +1258,8 @@ def test_an_evaluation_that_cannot_be_scored_says_so(tmp_path):
         with pytest.raises(SystemExit) as stopped:
             run(tmp_path / "run", "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", path, *argv)
         assert reason in str(stopped.value)
+    with pytest.raises(SystemExit, match="has 1 to 2 responses to a question"):
+        regrade(tmp_path, path, {"0": ["x"], "1": ["x", "y"]})
     with pytest.raises(SystemExit, match="has no prediction for 1 questions, the first is rows.tsv row 1: evaluate first"):
         regrade(tmp_path, path, answered("x"))
     assert (
@@ -1303,7 +1285,7 @@ def test_hostile_responses_are_extracted_and_judged_in_no_time():
     assert time.perf_counter() - clock < 2  # mathvista takes the most similar option, whatever it is
 
 
-def test_a_model_is_evaluated_on_a_tsv_resumes_and_regrades_to_the_same_scores(night_sky, tmp_path, monkeypatch):
+def test_evaluation_on_a_tsv_resumes_regrades_and_splits_over_processes_to_the_same_scores(night_sky, tmp_path, monkeypatch):
     rows = [{"question": "Which color ?", "A": "pale", "B": "blue", "answer": "B", "category": "sky"} for _ in range(3)]
     path = tsv(
         tmp_path / "sky.tsv",
@@ -1338,8 +1320,12 @@ def test_a_model_is_evaluated_on_a_tsv_resumes_and_regrades_to_the_same_scores(n
     assert scores["greedy"]["keyword"] is None and scores["greedy"]["tokens"] > 0
     run(tmp_path / "parts", *argv, "--regrade", "--eval_temperature", "0.9")  # what was sampled was sampled at 0.5
     assert [(parts / name).read_text() for name in names] == texts
-    run(tmp_path / "greedy", *argv, "--eval_samples", "0")
-    assert set(json.loads((tmp_path / "greedy" / "evaluate" / "base" / "scores.json").read_text())) == {"greedy"}
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_script(tmp_path / "two", launcher, *argv, "--eval_samples", "0")  # two processes share the questions; greedy only
+    two = tmp_path / "two" / "evaluate" / "base"
+    assert (two / names[0]).read_text() == texts[0] and json.loads((two / "scores.json").read_text()) == {
+        "greedy": scores["greedy"]
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
