@@ -1661,7 +1661,7 @@ def evaluation_table(title: str, folders: dict[str, Path]) -> str:
                 key: value for key, value in row["further"].items() if value is not None
             }
             lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells)
-                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.3f}" for key in more))  # fmt: skip
+                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.4g}" for key in more))  # fmt: skip
             last = row
     header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
     sampled = f"; sampled: {last['responses_each']} responses each, T = {last['temperature']}" if last["temperature"] else ""

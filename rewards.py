@@ -285,7 +285,7 @@ def total_reward(parts: dict, weights: dict) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation: what a response answers, whether that is right by the benchmark's own rule, and the scores of a file.
-# No model judges: where a benchmark's paper has one extract or compare answers, its rule follows that extraction.
+# No model judges. Where a benchmark has one cut out the answer, extract_answer does it; where one compares, `grade` does.
 
 SHORT_ANSWER = 60  # characters up to which a response without an answer section or a box is an answer as a whole
 
@@ -325,16 +325,19 @@ def edit_distance(a: str, b: str) -> int:
     return above[-1]
 
 
+def golds(row) -> list[str]:
+    return [row.answer, *row.alternatives]
+
+
 def graded(answer: str, row) -> bool:
     """The generic rule: equal to the gold answer, or to one of its alternatives, as the accuracy reward sees it."""
-    return any(grade(answer, gold, row.choices) for gold in [row.answer, *row.alternatives])
+    return any(grade(answer, gold, row.choices) for gold in golds(row))
 
 
 def named_option(answer: str, row) -> int | None:
     """Index of the option that the answer names by letter or text."""
-    return next(
-        (i for i, letter in zip(range(len(row.choices)), ascii_uppercase) if grade(answer, letter, row.choices)), None
-    )
+    letters = ascii_uppercase[: len(row.choices)]
+    return next((i for i, letter in enumerate(letters) if grade(answer, letter, row.choices)), None)
 
 
 def is_option(index: int | None, row) -> bool:
@@ -363,7 +366,8 @@ def mathvision(answer: str, row) -> bool:
     if row.choices:
         if (index := named_option(answer, row)) is not None:
             return is_option(index, row)
-        gold = row.choices[option_index(gold, row.choices) or 0]
+        right = option_index(gold, row.choices)
+        gold = gold if right is None else row.choices[right]
     values = only_number(answer), only_number(gold)
     return grade(answer, gold) or None not in values and round(values[0], 2) == round(values[1], 2)
 
@@ -377,31 +381,29 @@ def relaxed(answer: str, row) -> bool:
         except ValueError:
             return None
 
-    for gold in [row.answer, *row.alternatives]:
+    def right(gold):
         value, target = number_or_none(answer.strip()), number_or_none(gold)
         if value is not None and target:
-            right = abs(value - target) / abs(target) <= 0.05
-        else:
-            right = answer.strip().lower() == gold.lower()
-        if right:
-            return True
-    return False
+            return abs(value - target) / abs(target) <= 0.05
+        return answer.strip().lower() == gold.lower()
+
+    return any(map(right, golds(row)))
 
 
 def relaxed_clean(answer: str, row) -> bool:
-    """Relaxed accuracy as it is meant: $, separators, units and a final full stop do not count, a percentage may be either
-    figure, and a year (an integer from 1800 to 2100 if the question asks "year" or "when") is exact."""
-    for gold in [row.answer, *row.alternatives]:
+    """Relaxed accuracy as it is meant: $, separators and units do not count, a percentage may be either figure, a year (from
+    1800 to 2100, if the question says year or when) is exact, and texts are compared by the generic rule."""
+    asks_year = regex.search(r"\b(?:years?|when)\b", row.problem.lower())
+
+    def right(gold):
         value, target = only_number(answer), only_number(gold)
         if value is None or target is None:
-            if "".join(answer.casefold().split()).rstrip(".") == "".join(gold.casefold().split()).rstrip("."):
-                return True
-            continue
-        year = gold.isdecimal() and 1800 <= target <= 2100 and regex.search(r"\b(?:years?|when)\b", row.problem.lower())
+            return grade(answer, gold)
+        off = 0 if asks_year and gold.isdecimal() and 1800 <= target <= 2100 else 0.05 * abs(target)
         scales = [1] + [0.01] * ("%" in answer) + [100] * ("%" in gold)
-        if any(abs(value * scale - target) <= (0 if year else 0.05) * abs(target) for scale in scales):
-            return True
-    return False
+        return any(abs(value * scale - target) <= off for scale in scales)
+
+    return any(map(right, golds(row)))
 
 
 def inferred(answer: str, row) -> bool:
@@ -433,7 +435,7 @@ def dynamath(answer: str, row) -> bool:
     """DynaMath: numbers within 0.001; the only letter A-E; anything else by the generic rule."""
     if row.raw["answer_type"] == "float":
         values = only_number(answer), only_number(row.answer)
-        return None not in values and abs(values[0] - values[1]) <= 0.001 + 1e-9
+        return None not in values and abs(values[0] - values[1]) <= 0.001
     if row.raw["answer_type"] == "multiple choice":
         letters = set(regex.findall(r"\b[A-E]\b", answer.upper() if len(answer) == 1 else answer))
         return letters == {row.answer.strip().upper()}
@@ -445,7 +447,7 @@ def letter_set(answer: str, row) -> bool:
 
     def letters(text):
         text = text.strip(" .()*")
-        return set(text.upper() if regex.fullmatch(r"[A-Za-z]{1,5}", text) else regex.findall(r"\b[A-Z]\b", text))
+        return set(text.upper() if regex.fullmatch(r"[A-Za-z0-9]{1,5}", text) else regex.findall(r"\b[A-Z0-9]\b", text))
 
     return letters(answer) == letters(row.answer) != set()
 
@@ -476,19 +478,20 @@ def hallusion_scores(items: list) -> dict[str, float | None]:
     return {"aAcc": a, "fAcc": f, "qAcc": q, "mean": (a + f + q) / 3}
 
 
-def wemath_scores(items: list) -> dict[str, float]:
-    """Strict and loose score over problems of 2 or 3 steps and the whole of them: a whole that is right although a step
-    (loose: every step) is wrong is learned by heart and earns nothing; one that is wrong with all steps right earns half."""
+def wemath_scores(items: list) -> dict[str, float | None]:
+    """Strict and loose score over the problems that are there with their 2 or 3 steps and as a whole: a whole that is right
+    although a step (loose: every step) is wrong is learned by heart and earns 0; one that is wrong with all steps right, 1/2."""
     problems = {}
     for row, _, right in items:
         steps, _, part = row.raw["key"].partition("_")
         problems.setdefault((row.raw["ID"], steps), {})[part] = right
-    scores = {"strict": 0.0, "loose": 0.0}
-    for parts in problems.values():
-        whole = parts.pop("multi", False)
-        for name, known in (("strict", all(parts.values())), ("loose", any(parts.values()))):
-            scores[name] += float(known) if whole else 0.5 * all(parts.values())
-    return {name: score / len(problems) for name, score in scores.items()}
+    pairs = [
+        (parts.pop("multi"), list(parts.values())) for parts in problems.values() if "multi" in parts and len(parts) > 1
+    ]
+    score = lambda known: (
+        share([float(known(steps)) if whole else all(steps) / 2 for whole, steps in pairs]) if pairs else None
+    )
+    return {"strict": score(all), "loose": score(any), "problems": len(pairs)}
 
 
 @dataclass(frozen=True)
