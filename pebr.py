@@ -247,6 +247,8 @@ def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
         cfg = replace(cfg, **TOY[""], **TOY.get(stage, {}))
     group = {f.name: f.metadata["group"] for f in fields(Config)}
     cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
+    if stage == "evaluate" and cfg.model != "toy" and (cfg.test_data or cfg.from_data):
+        cfg = replace(cfg, train_data="")  # another model on other questions: nothing of the toy is needed
     toy_data = {
         name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"
     }

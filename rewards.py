@@ -530,7 +530,7 @@ BENCHMARKS = {
 def wilson(p: float, n: int, z: float = 1.96) -> list[float]:
     """95 % interval of a share p seen in n trials (Wilson 1927)."""
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round((middle + side * spread) / (1 + z * z / n), 4) for side in (-1, 1)]
+    return [round(max(0.0, middle + side * spread) / (1 + z * z / n), 4) for side in (-1, 1)]
 
 
 def score_predictions(rows: list, records: list[dict]) -> dict:
