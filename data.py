@@ -198,7 +198,7 @@ def load_rows(
                 )
             if "messages" in raw:
                 row = sft_row(where, raw, root)
-            elif "problem" in raw or not {"question", "query"} & raw.keys():
+            elif {"problem", "key_words"} & raw.keys() or not {"question", "query"} & raw.keys():
                 row = rl_row(where, raw, root)
             else:
                 row = question_row(where, raw, root, BENCHMARKS[benchmark].gold, pictures)
