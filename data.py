@@ -12,23 +12,36 @@ and for the warm-up, sharegpt rows:
 `<image>` marks a picture's place; without marks the pictures come first. Paths are relative to --image_root (default:
 the data file's folder) and must stay inside it. A row may list "choices" (["3", "4"]): then answers are options.
 
+Benchmarks come as VLMEvalKit's TSV or as their own JSON: see question_row.
+
 Data files are untrusted: nothing here evaluates or unpickles them.
 """
 
+import ast
+import base64
+import csv
 from dataclasses import dataclass, field
+import io
+import itertools
 import json
 import math
 import os
 from pathlib import Path
 import random
+import re
+from string import ascii_uppercase
+import sys
 
 from PIL import Image, ImageDraw, ImageOps
 
-from rewards import parse_response
+from rewards import BENCHMARKS, parse_response
 
 IMAGE_MARK = "<image>"
 MIN_IMAGE_SIDE = 28  # pixels; the paper drops warm-up rows with smaller pictures
 RETHINK = "let me rethink it"  # the paper drops warm-up rows that say so, in any case
+INLINE = "data:;base64,"  # begins a picture that stands in the data file: its base64 text follows, decoded when it is opened
+LINK_LENGTH = 64  # characters; a shorter image cell of a TSV is the index of the row that holds the picture (VLMEvalKit)
+LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
 
 # The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it.
 INSTRUCTION = """{question}
@@ -58,32 +71,30 @@ class Row:
     qid: str
     problem: str
     answer: str
-    images: list[str]  # absolute paths
+    images: list[str]  # absolute paths, or INLINE pictures
     key_words: list[str] = field(default_factory=list)
     choices: list[str] | None = None
+    alternatives: list[str] = field(default_factory=list)  # further answers that a benchmark takes for right
+    benchmark: str = "generic"  # whose rule evaluation grades by (rewards.BENCHMARKS)
+    categories: dict[str, list[str]] = field(default_factory=dict)  # {column: values}, scored apart
     system: str = ""
     response: str = ""  # what the warm-up learns to write; "" in RL rows
     raw: dict = field(default_factory=dict)
 
 
-def read_json_rows(path: str) -> list[tuple[str, dict]]:
-    """(where, row) of a JSON list or of JSON lines. Raises DataError if the file is neither."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file")
-    name = os.path.basename(path)
+def read_json_rows(path: str) -> list[dict]:
+    """Rows of a JSON list, of JSON lines, or of one object {pid: row} (MathVista). Raises DataError if the file is none."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        if text.lstrip().startswith("["):
+        try:
             rows = json.loads(text)
-        else:
+        except json.JSONDecodeError:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: neither a JSON list nor one JSON object a line ({error})") from None
-    if not rows:
-        raise DataError(
-            f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
-        )
-    return [(f"{name} row {i}", row) for i, row in enumerate(rows)]
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"pid": pid, **row} for pid, row in rows.items()]
+    return rows if isinstance(rows, list) else [rows]
 
 
 def text_field(raw: dict, name: str) -> str:
@@ -149,27 +160,49 @@ def default_image_root(path: str) -> str:
     return os.path.join(folder, root)
 
 
-def load_rows(path: str, image_root: str = "", need: tuple[str, ...] = ()) -> tuple[list[Row], list[str]]:
-    """The rows of an RL or SFT file, and what is wrong with the others ("train.json row 3: ...").
+def load_rows(
+    path: str, image_root: str = "", need: tuple[str, ...] = (), benchmark: str = ""
+) -> tuple[list[Row], list[str]]:
+    """The rows of an RL, SFT or benchmark file, and what is wrong with the others ("train.json row 3: ...").
 
-    need: what a row must have beside its question: "answer", "key_words", "response".
+    need: what a row must have beside its question: "answer", "key_words", "response". benchmark: a key of
+    rewards.BENCHMARKS; "" tells it from the file's name and columns.
     """
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file")
+    raws, pictures = read_tsv_rows(path) if path.lower().endswith(".tsv") else (read_json_rows(path), None)
+    if not raws:
+        raise DataError(
+            f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
+        )
     root = image_root or default_image_root(path)
+    benchmark = benchmark or find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set())
     missing = {
-        "answer": "no answer to grade against: its response has no final answer section",
+        "answer": "no answer to grade against (of a warm-up row: its response has no final answer section)",
         "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
         "response": "an RL row; the warm-up needs sharegpt rows with messages",
     }
     rows, problems, seen = [], [], {}
-    for where, raw in read_json_rows(path):
+    for i, raw in enumerate(raws):
+        where = f"{os.path.basename(path)} row {i}"
         try:
             if not isinstance(raw, dict):
                 raise DataError("a row must be a JSON object")
+            if lacking := set(BENCHMARKS[benchmark].needs.split()) - raw.keys():
+                raise DataError(
+                    f"no {', '.join(sorted(lacking))}, which the rule of {benchmark} reads (--benchmark generic)"
+                )
             if "conversations" in raw:
                 raise DataError(
                     'no "messages": a warm-up row is {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}'
                 )
-            row = sft_row(where, raw, root) if "messages" in raw else rl_row(where, raw, root)
+            if "messages" in raw:
+                row = sft_row(where, raw, root)
+            elif {"problem", "key_words"} & raw.keys() or not {"question", "query"} & raw.keys():
+                row = rl_row(where, raw, root)
+            else:
+                row = question_row(where, raw, root, BENCHMARKS[benchmark].gold, pictures)
+            row.benchmark, row.categories = benchmark, row_categories(row)
             marks = row.problem.count(IMAGE_MARK)
             if marks and marks != len(row.images):
                 raise DataError(f"{marks} {IMAGE_MARK} marks for {len(row.images)} pictures")
@@ -186,19 +219,201 @@ def load_rows(path: str, image_root: str = "", need: tuple[str, ...] = ()) -> tu
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Benchmark files: VLMEvalKit's TSV, or a benchmark's own JSON, one question a row
+
+
+def find_benchmark(path: str, columns: set[str]) -> str:
+    """Which of rewards.BENCHMARKS a file is, by its name and columns; "generic" if none."""
+    name = re.sub(r"[-_ ]", "", Path(path).stem.lower())
+    for key, benchmark in BENCHMARKS.items():
+        named = re.search(benchmark.name, name) and set(benchmark.needs.split()) <= columns
+        if named or benchmark.telling and set(benchmark.telling.split()) <= columns:
+            return key
+    return "generic"
+
+
+def read_tsv_rows(path: str) -> tuple[list[dict], dict[str, list | str]]:
+    """Rows of a VLMEvalKit TSV without their image cells, and those by index: pictures, or the index of the row that has them.
+
+    Cells stay the texts that they are: an option "None", "NA" or "nan" is an option (pandas, hence VLMEvalKit, drops it).
+    """
+    csv.field_size_limit(sys.maxsize)  # a picture is one cell
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            rows, columns = list(reader), set(reader.fieldnames or [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: no tab-separated table ({error})") from None
+    for names in ({"index"}, {"question"}, {"answer"}, {"image", "image_path"}):
+        if rows and not names & columns:
+            raise DataError(f"{path}: no {' or '.join(sorted(names))} column; its columns are {', '.join(sorted(columns))}")
+    pictures = {}
+    for row in rows:
+        cell = row.pop("image", "") or ""
+        items = cell[1:-1].split(",") if cell.startswith("[") else [cell]  # base64 has no commas
+        pictures.setdefault(
+            row["index"], [INLINE + item.strip(" '\"") for item in items] if len(cell) > LINK_LENGTH else cell
+        )
+    return rows, pictures
+
+
+def literal_list(text: str, name: str) -> list[str]:
+    """The items of a list literal such as "['3', 4]" as texts. Reads literals, evaluates nothing."""
+    try:
+        value = ast.literal_eval(text) if len(text) <= LITERAL_LENGTH else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = None
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f'field "{name}" is no list like ["a", "b"] of at most {LITERAL_LENGTH} characters: {text[:60]}')
+    return [str(item) for item in value]
+
+
+def listed(value, name: str) -> list[str]:
+    """A cell that may hold one text or several: a JSON list, or the text of a list literal."""
+    if isinstance(value, str) and value.startswith("["):
+        return literal_list(value, name)
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def tsv_pictures(raw: dict, root: str, pictures: dict[str, list | str]) -> list[str]:
+    """Pictures of a TSV row: its own, or those of the row that its image cell names; without such a cell, from image_path."""
+    found = pictures[raw["index"]]
+    if not found:
+        if not raw.get("image_path"):
+            raise DataError("its image cell is empty, and it has no image_path")
+        return image_paths({"images": listed(raw["image_path"], "image_path")}, root)
+    if isinstance(found, str) and not isinstance(pictures.get(found), list):
+        raise DataError(f"its image is that of index {found}, but no such row holds a picture")
+    return pictures[found] if isinstance(found, str) else found
+
+
+def row_choices(raw: dict) -> list[str] | None:
+    """Option texts from the columns A, B, ... or from "choices" or "options" (a list, or its literal); None if there are none."""
+    texts = [str(raw[letter]).strip() for letter in itertools.takewhile(raw.__contains__, ascii_uppercase)]
+    while texts and not texts[-1]:
+        texts.pop()
+    if "" in texts:
+        raise DataError(f"option {ascii_uppercase[texts.index('')]} is empty, but a later one is not")
+    name = "choices" if raw.get("choices") else "options"
+    if not texts and raw.get(name) and raw[name] not in ("None", "nan"):
+        texts = listed(raw[name], name)
+    if len(texts) > len(ascii_uppercase):
+        raise DataError(f"{len(texts)} options, more than there are letters")
+    return texts or None
+
+
+def shown_choices(question: str) -> list[str] | None:
+    """Option texts that the question lists itself, labelled A, B, ... after "Choices:", "Options:" or a line end; else None."""
+    tail = re.split(r"(?:Choices|Options):|\n(?=\(?A[).:])", question)[1:][-1:]
+    pieces = re.split(r"(?:^|[\s,;])\(?([A-Z])[).:]\s*", tail[0]) if tail else []
+    letters, texts = pieces[1::2], [text.strip(" ,;\n") for text in pieces[2::2]]
+    return texts if len(texts) > 1 and letters == list(ascii_uppercase[: len(texts)]) and all(texts) else None
+
+
+def gold_letter(answer: str, choices: list[str], kind: str) -> str:
+    """The right option's letter, from its letter, its text or its number from 0 (kind: see rewards.Benchmark)."""
+    bare = answer.strip("(). \n")
+    index = choices.index(answer) if answer in choices else None
+    if kind == "index" and bare.isdecimal():
+        index = int(bare[:9])
+    elif len(bare) == 1 and bare in ascii_uppercase and not (kind == "text" and index is not None):
+        index = ascii_uppercase.index(bare)
+    if index is None or index >= len(choices):
+        raise DataError(f'answer "{answer}" is none of its {len(choices)} options')
+    return ascii_uppercase[index]
+
+
+def place_images(question: str, images: list[str]) -> tuple[str, list[str]]:
+    """MMMU's "<image 1>" as IMAGE_MARK, and the pictures in the order of their marks, those without a mark first.
+
+    A mark beyond the pictures stays text: MathVision has one merged picture for "<image1>" and "<image2>".
+    """
+    order = []
+
+    def place(match):
+        if (i := int(match[1]) - 1) in order or not 0 <= i < len(images):
+            return match[0]
+        order.append(i)
+        return IMAGE_MARK
+
+    question = re.sub(r"<image ?(\d{1,2})>", place, question)
+    unmarked = [i for i in range(len(images)) if i not in order]
+    return IMAGE_MARK * len(unmarked) * bool(order) + question, [images[i] for i in unmarked + order]
+
+
+def question_row(where: str, raw: dict, root: str, gold: str, pictures: dict | None) -> Row:
+    """A row of a benchmark: VLMEvalKit's columns (pictures: see read_tsv_rows), or those of the benchmark's own JSON.
+
+    The question is the prompt that the benchmark comes with (query_cot, query) or its question, a hint before it, and its
+    options after it unless it shows them or they are only letters, which stand in the picture. The answer of a question
+    with options is stored as a letter.
+    """
+    if pictures is not None and (None in raw or None in raw.values()):
+        raise DataError("it has not as many cells as the header has columns")
+    first = lambda *names: next((name for name in names if raw.get(name) not in (None, "", [])), names[-1])
+    if pictures is None:
+        names = raw.get(first("image", "image_path", "imgname", "images"))
+        images = image_paths({"images": [names] if isinstance(names, str) else names}, root)
+    else:
+        images = tsv_pictures(raw, root, pictures)
+    row = Row(where, str(raw.get(first("index", "qid", "pid", "id", "sample_index"), where)), "", "", images, raw=raw)
+    question = text_field(raw, first("query_cot", "query", "question"))
+    if raw.get("hint"):
+        question = f"Hint: {raw['hint']}\n{question}"
+    if isinstance(raw.get("option"), str):  # WeMath's own file
+        question += f"\nOptions: {raw['option']}"
+    answer = raw.get(first("answer_option", "answer", "label"), "")
+    row.answer, *row.alternatives = listed(answer, "answer") if gold == "any" else [str(answer)]
+    row.choices, shown = row_choices(raw), shown_choices(question)
+    if row.choices and row.choices[1:] == ["Other Answers"]:  # an open question of MMMU as VLMEvalKit rewrites it
+        row.answer, row.choices = row.choices[0], None
+    elif row.choices:
+        row.answer = gold_letter(row.answer, row.choices, "letter" if raw.get("answer_option") else gold)
+        if not shown and row.choices != list(ascii_uppercase[: len(row.choices)]):
+            question += "\nOptions:" + "".join(f"\n{a}. {text}" for a, text in zip(ascii_uppercase, row.choices))
+    elif shown and row.answer.strip("(). \n") in list(ascii_uppercase[: len(shown)]):
+        row.answer, row.choices = gold_letter(row.answer, shown, "letter"), shown
+    row.problem, row.images = place_images(question, images)
+    return row
+
+
+def write_tsv_predictions(path: str, rows: list[Row], records: list[dict]) -> None:
+    """VLMEvalKit's layout for its judge: the input's columns, less the image, and the prediction: the answer that was found in
+    the first response, or else the whole response."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0].raw, "prediction"], delimiter="\t")
+        writer.writeheader()
+        for row, record in zip(rows, records):
+            writer.writerow(row.raw | {"prediction": record["extracted"][0] or record["responses"][0]})
+
+
+CATEGORIES = ("category", "l2-category", "l2_category", "subject", "level", "knowledge_level", "task", "skill", "skills",
+              "question_type", "answer_type", "problem_version", "split", "type", "human_or_machine", "kind")  # fmt: skip
+
+
+def row_categories(row: Row) -> dict[str, list[str]]:
+    """The columns that a file's scores are split by, and whether the question has options."""
+    values = {name: row.raw[name] for name in CATEGORIES if row.raw.get(name) not in (None, "")}
+    found = {name: listed(value, name) if name == "skills" else [str(value)] for name, value in values.items()}
+    return found | {"form": ["multiple choice" if row.choices else "free form"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pictures and prompts
 
 
 def load_image(path: str, min_pixels: int, max_pixels: int) -> Image.Image:
     """Open a picture once: EXIF-turned, RGB, resized (aspect kept) so that its area lies within the pixel limits.
 
-    Raises DataError if the file is not a readable picture.
+    path: of a file, or an INLINE picture. Raises DataError if it is not a readable picture.
     """
     try:
-        with Image.open(path) as image:
+        inline = path.startswith(INLINE)
+        with Image.open(io.BytesIO(base64.b64decode(path.removeprefix(INLINE))) if inline else path) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"picture {path} is not readable ({error})") from None
+        name = f"{path[len(INLINE) :][:20]}... (base64)" if inline else path
+        raise DataError(f"picture {name} is not readable ({error})") from None
     area = image.width * image.height
     scale = math.sqrt(min(max(area, min_pixels), max_pixels) / area)
     if scale != 1:

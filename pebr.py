@@ -88,8 +88,9 @@ from data import (
     default_image_root,
     filter_warmup_rows,
 )
-from data import load_image, load_rows
-from rewards import STAGE_REWARDS, ClipScorer, calibrate, parse_response, score_parts, total_reward
+from data import load_image, load_rows, write_tsv_predictions
+from rewards import BENCHMARKS, STAGE_REWARDS, ClipScorer, calibrate, parse_response, score_parts, score_predictions
+from rewards import total_reward
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags come last and are made from the fields.
@@ -118,7 +119,8 @@ class Config:
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy", DATA)
     train_data: str = option("toy", "RL questions: the authors' JSON, or JSONL, or toy", DATA)
     sft_data: str = option("", "warm-up conversations: sharegpt JSON or JSONL (default: toy's with --train_data toy)", DATA)
-    test_data: str = option("", "held-out questions, rows as in --train_data (default: toy's with --train_data toy)", DATA)
+    test_data: str = option("", "held-out questions, rows as in --train_data, or benchmarks (VLMEvalKit TSV, JSON); several with commas "
+                            "(default: toy's with --train_data toy)", DATA)
     image_root: str = option("", "folder of the pictures (default: the data file's folder)", DATA)
     prompt_file: str = option("", "instruction around each RL question, {question} marks its place (default: data.INSTRUCTION)", DATA)
     warmup_cases: str = option("all", "all, or hard: warm up on the rows that the base model gets wrong 8 times of 8", DATA)
@@ -165,8 +167,10 @@ class Config:
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
 
-    eval_samples: int = option(1, "sampled responses per question, beside the greedy one", EVAL)
+    eval_samples: int = option(1, "sampled responses per question, beside the greedy one; 0 = greedy only", EVAL)
     eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
+    benchmark: str = option("", f"rule to score by: {', '.join(BENCHMARKS)} (default: told from each file's name and columns)", EVAL)
+    regrade: bool = option(False, "score saved predictions again, without the model", EVAL)
 
     threads: int = option(0, "CPU threads per process, 0 = the cores divided by the processes", MEMORY)
     engine: str = option("auto", "auto: prefill once and shared prefixes for the families that can; plain: generate and ordinary forwards", MEMORY)
@@ -208,7 +212,7 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
     "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi",
     "reasoning": SAMPLING + TRAINING + GRPO_ONLY,
     "dryrun": "",
-    "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature",
+    "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature benchmark",
 }
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
@@ -244,6 +248,8 @@ def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
         cfg = replace(cfg, **TOY[""], **TOY.get(stage, {}))
     group = {f.name: f.metadata["group"] for f in fields(Config)}
     cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
+    if stage == "evaluate" and cfg.model != "toy" and (cfg.test_data or cfg.from_data):
+        cfg = replace(cfg, train_data="")  # another model on other questions: nothing of the toy is needed
     toy_data = {
         name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"
     }
@@ -270,7 +276,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
     for f in fields(Config):
         if f.type in (int, float):
             need(getattr(cfg, f.name) >= 0, f"--{f.name} {getattr(cfg, f.name)}: must not be negative")
-    for name in ("epochs", "max_new_tokens", "micro_batch_size", "eval_samples", "min_pixels", "temperature", "sft_batch_size",
+    for name in ("epochs", "max_new_tokens", "micro_batch_size", "min_pixels", "temperature", "sft_batch_size",
                  "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
@@ -299,6 +305,9 @@ def check_config(cfg: Config, num_processes: int) -> None:
              f"--update_batch_size {cfg.update_batch_size} does not divide over {num_processes} processes (whole groups stay together)")  # fmt: skip
     need(cfg.stage != "warmup" or cfg.sft_batch_size % num_processes == 0,
          f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
+    need(not cfg.benchmark or cfg.benchmark in BENCHMARKS,
+         f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")  # fmt: skip
+    need(not cfg.regrade or cfg.stage == "evaluate", "--regrade is for --stage evaluate")
     for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
         need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
     need(cfg.stage != "perception" or cfg.clip_model,
@@ -1017,7 +1026,10 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
         "evaluate": (cfg.test_data, ("answer",)),
     }
     path, need = files.get(cfg.stage, ("", ()))
-    if (path := cfg.from_data or path) and not is_finished(Path(cfg.run_dir, cfg.stage)):
+    if cfg.stage == "evaluate":
+        for path in test_files(cfg).values():
+            stop_for_broken_rows(path, load_rows(path, cfg.image_root, need, cfg.benchmark)[1], cfg, accelerator)
+    elif (path := cfg.from_data or path) and not is_finished(Path(cfg.run_dir, cfg.stage)):
         stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
     if cfg.stage == "perception" and not is_finished(Path(cfg.run_dir, cfg.stage)):
         load_clip(cfg, accelerator)  # the same goes for its weights
@@ -1026,7 +1038,7 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
     """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
     stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
-    rows, problems = load_rows(path, cfg.image_root, need)
+    rows, problems = load_rows(path, cfg.image_root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
     instruction, mine = read_instruction(cfg), []
     share = range(accelerator.process_index, len(rows), accelerator.num_processes)
     for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
@@ -1637,51 +1649,92 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
 
 
 COLUMNS = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
+MODES = ("greedy", "sampled")
 
 
-def evaluate(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+def test_files(cfg: Config) -> dict[str, str]:
+    """{name: path} of the files to evaluate on."""
+    paths = (cfg.from_data or cfg.test_data).split(",")
+    files = {Path(path).stem: path for path in paths}
+    if len(files) < len(paths):
+        raise ConfigError(f"--test_data {','.join(paths)}: each file needs a name of its own")
+    return files
+
+
+def evaluate(cfg: Config, policy: Policy, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Answer held-out questions greedily and sampled; write predictions and scores.json."""
-    policy = load_policy(model_path, cfg)
     rows = checked_rows(data_path, cfg, policy, accelerator, need=("answer",))
     clip = load_clip(cfg, accelerator) if cfg.clip_model else None
     policy.to(accelerator.device)
-    scores = {}
-    for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
-        records = answer_questions(
-            policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator
-        )
-        flat = [{**parts, "tokens": tokens, "truncated": float(truncated)} for record in records
-                for parts, tokens, truncated in zip(record["parts"], record["tokens"], record["truncated"])]  # fmt: skip
-        scores[mode] = {"questions": len(rows), "responses_each": n, "temperature": temperature}
-        for name in COLUMNS:
-            values = [
-                record[name] for record in flat if name in record
-            ]  # rows without keywords or pictures have no such part
-            scores[mode][name] = round(sum(values) / len(values), 4) if values else None
+    for mode, n, temperature in zip(MODES, (1, cfg.eval_samples), (0.0, cfg.eval_temperature)):
+        if n:
+            answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)
     if clip and (cut := sum(gather_object([clip.cut_texts]))):
         accelerator.print(f"{cut} sentences were longer than CLIP's text window; it saw the beginning of them")
     if accelerator.is_main_process:
-        write_json(folder / "scores.json", scores)
+        score_folder(cfg, rows, data_path, folder)
 
 
-def evaluation_table(folders: dict[str, Path]) -> str:
-    """One table over all evaluated models."""
-    width = max(map(len, folders)) + 2
-    lines = [f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS)]
-    for mode in ("greedy", "sampled"):
-        for name, folder in folders.items():
-            scores = json.loads((folder / "scores.json").read_text())[mode]
-            cells = [
-                f"{scores[c]:.1f}" if c == "tokens" else "-" if scores[c] is None else f"{scores[c]:.3f}" for c in COLUMNS
-            ]
-            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells))
-    scores = json.loads((next(iter(folders.values())) / "scores.json").read_text())["sampled"]
-    return "\n".join(
-        lines
-        + [
-            f"{scores['questions']} questions; sampled: {scores['responses_each']} responses each, T = {scores['temperature']}"
-        ]
-    )
+def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> None:
+    """Grade the predictions saved in a folder: verdicts go into the predictions, totals into scores.json.
+
+    Predictions for a TSV are written in VLMEvalKit's layout too: the input's columns, less the image, and the prediction.
+    Raises DataError for a question without a prediction.
+    """
+    scores, earlier = {}, folder / "scores.json"
+    earlier = json.loads(earlier.read_text()) if earlier.is_file() else {}  # a regraded file keeps its temperature
+    for mode, temperature in zip(MODES, (0.0, cfg.eval_temperature)):
+        path = folder / f"predictions_{mode}.jsonl"
+        if saved := {record["qid"]: record for record in read_jsonl(path)}:
+            if missing := [row.where for row in rows if row.qid not in saved]:
+                raise DataError(
+                    f"{path} has no prediction for {len(missing)} questions, the first is {missing[0]}: evaluate first"
+                )
+            records = [saved[row.qid] for row in rows]
+            if len(counts := {len(record["responses"]) for record in records}) > 1:
+                raise DataError(
+                    f"{path} has {min(counts)} to {max(counts)} responses to a question: it takes the same number for each"
+                )
+            scores[mode] = {
+                "temperature": earlier.get(mode, {}).get("temperature", temperature),
+                **score_predictions(rows, records),
+            }
+            write_jsonl(path, records)
+            if data_path.lower().endswith(".tsv"):
+                write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
+    if not scores:
+        raise DataError(f"{folder} has no predictions to score")
+    write_json(folder / "scores.json", scores)
+
+
+def regrade(cfg: Config, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """Score the saved predictions again: after a change of the rules, the gold answers or --benchmark. Needs no model."""
+    rows, problems = load_rows(data_path, cfg.image_root, ("answer",), cfg.benchmark)
+    stop_for_broken_rows(data_path, problems, cfg, accelerator)
+    if accelerator.is_main_process:
+        if cfg.skip_bad_rows:  # rows that were dropped when their pictures were opened
+            saved = {record["qid"] for mode in MODES for record in read_jsonl(folder / f"predictions_{mode}.jsonl")}
+            rows = [row for row in rows if row.qid in saved]
+        score_folder(cfg, rows, data_path, folder)
+    accelerator.wait_for_everyone()
+
+
+def evaluation_table(title: str, folders: dict[str, Path]) -> str:
+    """One table over all models evaluated on a file; at the end of a line the 95 % interval and what the benchmark adds."""
+    width, lines = max(map(len, folders)) + 2, []
+    scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
+    for mode, name in itertools.product(MODES, folders):
+        if row := scores[name].get(mode):
+            cells = ["-" if row[c] is None else f"{row[c]:.{1 if c == 'tokens' else 3}f}" for c in COLUMNS]
+            more = {"extracted": row["extracted"]} | {
+                key: value for key, value in row["further"].items() if value is not None
+            }
+            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells)
+                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.4g}" for key in more))  # fmt: skip
+            last = row
+    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
+    sampled = f"; sampled: {last['responses_each']} responses each, T = {last['temperature']}" if last["temperature"] else ""
+    return "\n".join([header, *lines, f"{last['n']} questions of {title}, judged by rule: {last['benchmark']}{sampled}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1737,26 +1790,36 @@ def hard_cases(cfg: Config, model: str, data: str, asked: bool, accelerator: Acc
 
 
 def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
-    """Score the base model and every model that the run folder has, or --from_model alone; each once."""
+    """Score the base model and every model that the run folder has, or --from_model alone; each once on each file.
+
+    A model's folder holds its predictions and scores; with several files in --test_data, a folder for each.
+    """
     stages = [stage for stage in ("warmup", "perception", "reasoning") if is_finished(Path(cfg.run_dir, stage))]
     models = {"base": cfg.model, **{stage: str(Path(cfg.run_dir, stage)) for stage in stages}}
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
-    data = cfg.from_data or cfg.test_data
+    files = test_files(cfg)
+    target = lambda name, title: folder / name / (title if len(files) > 1 else "")
+    if cfg.regrade:  # those that have been evaluated
+        models = {name: model for name, model in models.items() if any((folder / name).rglob("predictions_*.jsonl"))}
+        if not models:
+            raise ConfigError(f"--regrade: {folder} has no predictions; evaluate first")
     for name, model in models.items():
-        if begin_stage(
-            folder / name,
-            cfg,
-            {"model": model, "data": data},
-            True,
-            accelerator,
-        ):
-            evaluate(cfg, model, data, folder / name, accelerator)
-            finish_stage(folder / name, accelerator)
-    table = evaluation_table({name: folder / name for name in models})
+        policy = None
+        for title, data in files.items():
+            if cfg.regrade:
+                regrade(cfg, data, target(name, title), accelerator)
+            elif begin_stage(target(name, title), cfg, {"model": model, "data": data}, True, accelerator):
+                policy = policy or load_policy(model, cfg)
+                evaluate(cfg, policy, data, target(name, title), accelerator)
+                finish_stage(target(name, title), accelerator)
+    accelerator.wait_for_everyone()
+    tables = [
+        evaluation_table(Path(data).name, {name: target(name, title) for name in models}) for title, data in files.items()
+    ]
     if accelerator.is_main_process and not cfg.from_model:
-        (folder / "table.txt").write_text(table + "\n")
-    accelerator.print("\n" + table)
+        (folder / "table.txt").write_text("\n\n".join(tables) + "\n")
+    accelerator.print("\n" + "\n\n".join(tables))
     return str(folder)
 
 

@@ -4,7 +4,10 @@ Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2
 a second data set that is not the toy. No network, no GPU, deterministic.
 """
 
+import base64
 from collections import Counter
+import csv
+import io
 import json
 import math
 import os
@@ -23,7 +26,7 @@ import data
 import pebr
 import rewards
 from data import DataError, Row
-from pebr import Config, ConfigError, Prompt, Rollout
+from pebr import Config, ConfigError, Rollout
 
 torch.set_num_threads(1)
 TINY = data.ToyConfig(
@@ -1170,6 +1173,473 @@ def test_shuffled_batches_cover_each_epoch_once():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks: files in the layouts that people have, scored to figures computed by hand
+
+
+def base64_picture(mode="RGB", size=(56, 28)):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def tsv(path, *rows):
+    """A TSV as pandas writes it. Rows get an index, a picture and a question unless they have them."""
+    rows = [{"index": i, "image": base64_picture(), "question": "q", **row} for i, row in enumerate(rows)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+NO_MODEL = ["--model", "none", "--mixed_precision", "no"]
+
+
+def regrade(run_dir, path, responses, *argv):
+    """scores.json of saved predictions: {qid: [response, ...]}, all of one length. No model is there to be loaded."""
+    folder = run_dir / "evaluate" / "base"
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = "greedy" if len(next(iter(responses.values()))) == 1 else "sampled"
+    pebr.write_jsonl(
+        folder / f"predictions_{mode}.jsonl", [{"qid": q, "responses": texts} for q, texts in responses.items()]
+    )
+    run(run_dir, "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", path, *argv)
+    return json.loads((folder / "scores.json").read_text())[mode]
+
+
+def answered(*answers):
+    return {str(i): [f"### The final answer is: {answer}"] for i, answer in enumerate(answers)}
+
+
+VISTA = {"question_type": "free_form", "answer_type": "text", "choices": "[]", "answer_option": "", "skills": "['a']"}
+PICK = {**VISTA, "question_type": "multi_choice"}
+CASES = {  # file name: (rows with the answer given to each, accuracy, further scores)
+    "MathVista_MINI.tsv": (
+        [
+            ({**PICK, "choices": "['(c)', '(a)', '(e)']", "answer": "(a)", "answer_option": "B"}, "B", 1),  # out of order: the label wins
+            ({**PICK, "choices": "['Yes', 'No']", "answer": "No", "answer_option": "B"}, "Nope", 1),  # the most similar option
+            ({**PICK, "choices": "['5', '5', '6']", "answer": "5", "answer_option": "A"}, "(B)", 1),  # the same text twice
+            ({**PICK, "choices": "['B', 'A']", "answer": "A", "answer_option": "B"}, "B", 1),  # answer_option is a letter, never a text
+            ({**VISTA, "answer_type": "integer", "answer": "7", "skills": "['a', 'b']"}, "7.9 years", 1),  # cut off, without the unit
+            ({**VISTA, "answer_type": "float", "answer": "1.2", "precision": "1.0"}, "1.24", 1),  # rounded to the gold's places
+            ({**VISTA, "answer_type": "float", "answer": "1.21", "precision": "2.0"}, "1.24", 0),
+            ({**VISTA, "answer_type": "list", "answer": "[2014, 2016]", "skills": "['b']"}, "[2014,2016]", 1),
+            ({**VISTA, "answer": "blue"}, "", 0),
+        ],
+        {},
+    ),
+    "MathVision.tsv": (
+        [
+            ({"choices": "['A', 'B', 'C', 'D', 'E']", "answer": "C"}, "(C)", 1),
+            ({"choices": "['1/2', '3/4', '1', '2', '3']", "answer": "A"}, "0.5", 1),  # the option's value
+            ({"choices": "[]", "answer": "2.333"}, "2.33", 1),  # two places
+            ({"choices": "[]", "answer": "12"}, "13", 0),
+            ({"choices": "[]", "answer": "C"}, "C", 1),  # a free form gold that is a letter
+        ],
+        {},
+    ),
+    "MathVerse_MINI.tsv": (
+        [
+            ({"question": "q\nChoices:\nA:40°\nB:60°", "answer": "B", "problem_version": "Vision Only"}, "60°", 1),
+            ({"question": "q\nChoices:\nA:40°\nB:60°", "answer": "(A)", "problem_version": "Vision Only"}, "B", 0),
+            ({"question": "q\nChoices:\nA:40°\nB:60°", "answer": "False", "problem_version": "Text Lite"}, "false", 1),
+            ({"answer": "5", "problem_version": "Text Lite"}, "5.0", 1),
+        ],
+        {},
+    ),
+    "ChartQA_TEST.tsv": (  # relaxed as everyone has it; clean is 1, 1, 0, 1, 1, 1, 0, 1 of 8
+        [
+            ({"answer": "25", "split": "test_human"}, "25%", 0),
+            ({"answer": "1234", "split": "test_human"}, "1,234", 0),
+            ({"answer": "2015", "question": "In which year?", "split": "test_human"}, "1915", 1),  # 5 % off
+            ({"answer": "['Blue', 'Red']", "split": "test_human"}, "red", 1),  # either
+            ({"answer": "10", "split": "test_augmented"}, "10.5", 1),
+            ({"answer": "0", "split": "test_augmented"}, "0.0", 0),
+            ({"answer": "10", "split": "test_augmented"}, "10.6", 0),
+            ({"answer": "0.25", "split": "test_augmented"}, "25%", 1),
+        ],
+        {"relaxed_clean": 0.75},
+    ),
+    "AI2D_TEST.tsv": (
+        [
+            ({"A": "ant", "B": "bee", "C": "NA", "D": "None", "answer": "B"}, "**B**", 1),
+            ({"A": "ant", "B": "bee", "C": "NA", "D": "None", "answer": "D"}, "none", 1),  # option texts that pandas drops
+            ({"A": "ant", "B": "bee", "C": "NA", "D": "None", "answer": "B"}, "A bee", 0),  # an article counts as option A
+            ({"A": "ant", "B": "bee", "C": "nan", "D": "N/A", "answer": "C"}, "nan of these", 1),
+            ({"A": "ant", "B": "bee", "answer": "B"}, "B is what I see in this one", 0),  # not among the last words, no text
+        ],
+        {},
+    ),
+    "MMStar.tsv": (
+        [  # mean over sub-categories: (1/2 + 1) / 2
+            ({"A": "1", "B": "2", "answer": "A", "category": "math", "l2_category": "x"}, "A", 1),
+            ({"A": "1", "B": "2", "answer": "A", "category": "math", "l2_category": "x"}, "B", 0),
+            ({"A": "1", "B": "2", "answer": "B", "category": "logic", "l2_category": "y"}, "2", 1),
+        ],
+        {"sub-category mean": 0.75},
+    ),
+    "MMMU_DEV_VAL.tsv": (
+        [
+            ({"A": "x", "B": "y", "answer": "B", "split": "dev"}, "The answer is B", 1),
+            ({"A": "", "B": "", "answer": "['0.5', '1/2']", "split": "dev"}, "1/2", 1),  # open
+            ({"A": "24", "B": "Other Answers", "answer": "A", "split": "validation"}, "24", 1),  # open, as VLMEvalKit rewrites it
+            ({"A": "24", "B": "Other Answers", "answer": "A", "split": "validation"}, "A", 0),
+        ],
+        {},
+    ),
+    "HallusionBench.tsv": (
+        [  # figures 1 and 3 have a wrong answer, figure 2 none: fAcc 1/3; question 0 has none, question 1 two: qAcc 1/2
+            ({"index": "VD_chart_0_0_1_0", "answer": "Yes", "category": "VD", "l2-category": "chart"}, "Yes, it is.", 1),
+            ({"index": "VD_chart_0_0_1_1", "answer": "No", "category": "VD", "l2-category": "chart"}, "yes and no", 0),
+            ({"index": "VD_chart_0_0_2_0", "answer": "No", "category": "VD", "l2-category": "chart"}, "no", 1),
+            ({"index": "VD_chart_0_0_2_1", "answer": "Yes", "category": "VD", "l2-category": "chart"}, "YES", 1),
+            ({"index": "VD_chart_0_0_3_1", "answer": "Yes", "category": "VD", "l2-category": "chart"}, "no", 0),
+        ],
+        {"aAcc": 0.6, "fAcc": 0.3333, "qAcc": 0.5, "mean": 0.4778},  # the mean of 3/5, 1/3, 1/2
+    ),
+    "DynaMath.tsv": (
+        [  # question 7 is right in one of its two variants, question 8 in both: worst case 1/2
+            ({"qid": "7", "varid": "1", "answer_type": "float", "answer": "3.142"}, "3.1412", 1),  # off by 0.0008
+            ({"qid": "7", "varid": "2", "answer_type": "float", "answer": "3.142"}, "3.1409", 0),  # by 0.0011
+            ({"qid": "8", "varid": "1", "answer_type": "float", "answer": "6.283"}, "2π", 1),
+            ({"qid": "8", "varid": "2", "answer_type": "multiple choice", "answer": "B"}, "B. Even", 1),
+        ],
+        {"worst case": 0.5},
+    ),
+    "WeMath.tsv": (
+        [  # known and right: 1; half known and right: 0 strict, 1 loose; all steps known but wrong: 1/2
+            *(({"ID": "1", "key": f"2steps_{part}", "A": "x", "B": "y", "answer": "A"}, "A", 1) for part in ("1", "2", "multi")),
+            ({"ID": "2", "key": "2steps_1", "A": "x", "B": "y", "answer": "A"}, "A", 1),
+            ({"ID": "2", "key": "2steps_2", "A": "x", "B": "y", "answer": "A"}, "B", 0),
+            ({"ID": "2", "key": "2steps_multi", "A": "x", "B": "y", "answer": "B"}, "B", 1),
+            *(({"ID": "1", "key": f"3steps_{part}", "A": "x", "B": "y", "answer": "A"}, "A", 1) for part in "123"),
+            ({"ID": "1", "key": "3steps_multi", "A": "x", "B": "y", "answer": "A"}, "B", 0),
+            ({"ID": "9", "key": "3steps_multi", "A": "x", "B": "y", "answer": "A"}, "A", 1),
+        ],
+        {"strict": 0.5, "loose": 0.8333, "problems": 3},  # the fourth has no steps
+    ),
+    "LogicVista.tsv": (
+        [
+            ({"answer": "A, C", "skill": "inductive"}, "C and A", 1),
+            ({"answer": "B", "skill": "inductive"}, "b", 1),
+            ({"answer": "D", "skill": "spatial"}, "A, D", 0),
+            ({"answer": "BC", "skill": "spatial", "question": "Which two?\nA. x\nB. y\nC. z"}, "B, C", 1),
+        ],
+        {},
+    ),
+    "my_exam.tsv": (
+        [({"A": "1", "B": "2", "answer": "B"}, "2", 1), ({"A": "", "B": "", "answer": "1/2"}, "0.5", 1), ({"A": "", "B": "", "answer": "x"}, "y", 0)],
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_benchmark_is_scored_by_its_own_rule(name, tmp_path):
+    cases, further = CASES[name]
+    path = tsv(tmp_path / name, *(row for row, _, _ in cases))
+    qids = [str(row.get("index", i)) for i, (row, _, _) in enumerate(cases)]
+    responses = dict(zip(qids, answered(*(answer for _, answer, _ in cases)).values()))
+    scores = regrade(tmp_path, path, responses)
+    saved = [json.loads(line) for line in lines(tmp_path / "evaluate" / "base" / "predictions_greedy.jsonl")]
+    assert [record["verdicts"] for record in saved] == [[bool(right)] for *_, right in cases]
+    rights = [right for *_, right in cases]
+    assert scores["accuracy"] == round(sum(rights) / len(rights), 4) and scores["n"] == len(rights)
+    assert scores["further"] == further and scores["judge"] == "rule"
+    expected = next((key for key in rewards.BENCHMARKS if name.lower().startswith(key)), "generic")
+    assert scores["benchmark"] == expected
+    line = (tmp_path / "evaluate" / "table.txt").read_text()
+    assert f"{len(rights)} questions of {name}, judged by rule: {expected}" in line and all(key in line for key in further)
+
+
+def test_scores_hold_interval_shares_and_categories(tmp_path):
+    rows = [
+        {"answer": "3", "category": name, "skills": skills}
+        for name, skills in zip("xxyy", ["['a', 'b']", "['b']", "[]", ""])
+    ]
+    texts = [
+        ["### The final answer is: 3", r"so \boxed{\text{3}}"],  # twice right
+        [r"\boxed{4} or \boxed{3}", "3 " * 40],  # the last box; a long text without an answer
+        ["3", ""],  # a short text is an answer
+        [r"\boxed{3", "### The final answer is: 4"],  # short and wrong; wrong
+    ]
+    scores = regrade(tmp_path, tsv(tmp_path / "exam.tsv", *rows), {str(i): pair for i, pair in enumerate(texts)})
+    saved = [json.loads(line) for line in lines(tmp_path / "evaluate" / "base" / "predictions_sampled.jsonl")]
+    assert [r["extraction"] for r in saved] == [
+        ["section", "boxed"],
+        ["boxed", "none"],
+        ["whole", "none"],
+        ["whole", "section"],
+    ]
+    assert saved[0]["extracted"] == ["3", r"\text{3}"] and saved[1]["extracted"] == ["3", ""]
+    assert scores["accuracy"] == 0.5 and scores["further"] == {"pass@2": 0.75}  # (2/2 + 1/2 + 1/2 + 0/2) / 4; 3 of 4
+    assert scores["extracted"] == 0.75 and scores["responses_each"] == 2  # 6 of 8
+    # Wilson for 2 of 4, z = 1.96: (0.5 + 3.8416 / 8 -+ 1.96 sqrt(0.25 / 4 + 3.8416 / 64)) / (1 + 3.8416 / 4) = (0.9802 -+ 0.6862) / 1.9604
+    assert scores["interval_95"] == [0.15, 0.85]
+    assert scores["categories"] == {
+        "category": {"x": {"n": 2, "accuracy": 0.75}, "y": {"n": 2, "accuracy": 0.25}},
+        "skills": {"a": {"n": 1, "accuracy": 1.0}, "b": {"n": 2, "accuracy": 0.75}},
+    }
+
+
+def test_another_benchmark_regrades_the_same_predictions_and_a_tsv_goes_to_vlmevalkits_judge(tmp_path):
+    path = tsv(tmp_path / "charts.tsv", {"answer": "10", "question": "two\nlines"}, {"answer": "['a', 'b']"})
+    responses = answered("10.4", "b")
+    assert regrade(tmp_path, path, responses)["accuracy"] == 0.0  # the generic rule: 10.4 is not 10
+    assert regrade(tmp_path, path, responses, "--benchmark", "chartqa")["accuracy"] == 1.0
+    with open(tmp_path / "evaluate" / "base" / "predictions_greedy.tsv", newline="") as file:
+        written = list(csv.DictReader(file, delimiter="\t"))
+    assert [list(row) for row in written] == [["index", "question", "answer", "prediction"]] * 2  # no picture
+    assert written[0] == {"index": "0", "question": "two\nlines", "answer": "10", "prediction": "10.4"}
+
+
+def test_several_files_are_scored_each_in_its_folder(tmp_path):
+    paths = [tsv(tmp_path / f"{name}.tsv", {"answer": "3"}) for name in ("one", "two")]
+    for name, answer in (("one", "3"), ("two", "4")):
+        (tmp_path / "evaluate" / "base" / name).mkdir(parents=True)
+        record = [{"qid": "0", "responses": [answer]}]
+        pebr.write_jsonl(tmp_path / "evaluate" / "base" / name / "predictions_greedy.jsonl", record)
+    run(tmp_path, "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", ",".join(paths))
+    scores = [json.loads((tmp_path / "evaluate" / "base" / name / "scores.json").read_text()) for name in ("one", "two")]
+    assert [score["greedy"]["accuracy"] for score in scores] == [1.0, 0.0]
+    table = (tmp_path / "evaluate" / "table.txt").read_text()
+    assert "1 questions of one.tsv" in table and "1 questions of two.tsv" in table
+
+
+def test_prompts_show_hint_options_and_marks_once(tmp_path):
+    one, other = base64_picture(), base64_picture("L")
+    two = f"['{one}', '{other}']"
+    path = tsv(
+        tmp_path / "MMMU_DEV_VAL.tsv",
+        {"question": "Which?", "A": "one", "B": "None", "answer": "B", "hint": "Look.", "C": ""},
+        {
+            "question": "See <image 2>, <image 1>, <image 2>.",
+            "image": two,
+            "answer": "x",
+            "A": "",
+            "B": "",
+            "hint": "",
+            "C": "",
+        },
+        {"question": "Which is it?", "image": two, "A": "<image 1>", "B": "<image 3>", "answer": "A", "hint": "", "C": ""},
+        {"question": "Which?\n(A) one\n(B) two", "A": "one", "B": "two", "answer": "B", "hint": "", "C": ""},
+    )
+    rows, problems = data.load_rows(path)
+    assert problems == [] and [row.problem for row in rows] == [
+        "Hint: Look.\nWhich?\nOptions:\nA. one\nB. None",
+        "See <image>, <image>, <image 2>.",  # the second picture first, and a repeated mark stays text
+        "<image>Which is it?\nOptions:\nA. <image>\nB. <image 3>",  # a picture without a mark comes before the question
+        "Which?\n(A) one\n(B) two",  # options are not shown twice
+    ]
+    assert [row.images for row in rows[:3]] == [
+        [data.INLINE + one],
+        [data.INLINE + other, data.INLINE + one],
+        [data.INLINE + other, data.INLINE + one],
+    ]
+    vision = tsv(
+        tmp_path / "MathVision.tsv", {"question": "<image1> or <image2>?", "choices": "['A', 'B', 'C']", "answer": "B"}
+    )
+    assert [row.problem for row in data.load_rows(vision)[0]] == [
+        "<image> or <image2>?"
+    ]  # one merged picture; options that are only letters are in it
+
+
+def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path(tmp_path):
+    picture(tmp_path / "a.png", (40, 30)), picture(tmp_path / "b.png", (20, 30))
+    path = tsv(
+        tmp_path / "rows.tsv",
+        {"answer": "x", "image": base64_picture("RGBA", (56, 28)), "image_path": "unused.png"},
+        {"answer": "x", "image": "0", "image_path": ""},
+        {
+            "answer": "x",
+            "image": f"['{base64_picture('P', (30, 31))}', '{base64_picture('LA', (32, 33))}']",
+            "image_path": "",
+        },
+        {"answer": "x", "image": "", "image_path": "a.png"},
+        {"answer": "x", "image": "", "image_path": "['a.png', 'b.png']"},
+    )
+    rows, problems = data.load_rows(path)
+    loaded = [[data.load_image(image, 1, 10**6) for image in row.images] for row in rows]
+    assert problems == [] and all(image.mode == "RGB" for images in loaded for image in images)
+    assert [[image.size for image in images] for images in loaded] == [
+        [(56, 28)], [(56, 28)], [(30, 31), (32, 33)], [(40, 30)], [(40, 30), (20, 30)]
+    ]  # fmt: skip
+
+
+def test_the_benchmarks_own_json_is_read_too(tmp_path):
+    picture(tmp_path / "a.png")
+    vista = {"question": "q", "image": "a.png", "choices": ["Yes", "No"], "answer": "No", "unit": None, "precision": None,
+             "question_type": "multi_choice", "answer_type": "text", "query": "Hint: pick.\nQuestion: q\nChoices:\n(A) Yes\n(B) No"}  # fmt: skip
+    files = {
+        "testmini.json": {"1": vista, "2": {**vista, "choices": None, "answer_type": "integer", "answer": "4", "query": "Hint: n\nq"}},
+        "ai2d.json": [{"question": "q", "options": ["3", "2", "1"], "answer": "2", "image": "a.png"}],  # an index, not a text
+        "test.jsonl": [{"id": "5", "question": "q <image1>", "options": [], "answer": "7", "image": "a.png", "level": 2, "subject": "algebra"}],
+        "test_human.json": [{"imgname": "a.png", "query": "q", "label": ["5", "five"]}],
+        "MathVerse.json": [{"sample_index": "9", "question": "q", "query_cot": "Think.\nq", "image": "a.png", "answer": "D", "problem_version": "Text Lite"}],
+        "We_Math.json": [{"ID": "3", "key": "2steps_1", "question": "q", "option": "A. 1; B. 2; C. none", "answer": "B", "image_path": "a.png"}],
+        "MMMU.json": [{"id": "m", "question": "q", "options": "['x', 'y']", "answer": "B", "image": "a.png", "question_type": "multiple-choice"}],
+    }  # fmt: skip
+    read = {}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content, indent=1 if name == "testmini.json" else None))
+        read[name], problems = data.load_rows(str(tmp_path / name))
+        assert problems == [] and all(row.images == [str(tmp_path / "a.png")] for row in read[name])
+    of = {name: [(row.benchmark, row.qid, row.answer, row.choices) for row in rows] for name, rows in read.items()}
+    assert of["testmini.json"] == [("mathvista", "1", "B", ["Yes", "No"]), ("mathvista", "2", "4", None)]
+    assert of["ai2d.json"] == [("ai2d", "ai2d.json row 0", "C", ["3", "2", "1"])]
+    assert of["test.jsonl"] == [("mathvision", "5", "7", None)] and read["test.jsonl"][0].problem == "q <image>"
+    assert of["test_human.json"] == [("chartqa", "test_human.json row 0", "5", None)]
+    assert read["test_human.json"][0].alternatives == ["five"]
+    assert of["MathVerse.json"] == [("mathverse", "9", "D", None)] and read["MathVerse.json"][0].problem == "Think.\nq"
+    assert of["We_Math.json"] == [("wemath", "We_Math.json row 0", "B", ["1", "2", "none"])]
+    assert read["We_Math.json"][0].problem == "q\nOptions: A. 1; B. 2; C. none"
+    assert of["MMMU.json"] == [("mmmu", "m", "B", ["x", "y"])] and read["MMMU.json"][0].problem == "q\nOptions:\nA. x\nB. y"
+    assert read["testmini.json"][0].problem == vista["query"]  # its options are in it already
+
+
+def test_a_benchmark_is_told_by_name_and_columns(tmp_path):
+    columns = {"question", "answer"}
+    names = {"ChartQA_TEST": "chartqa", "ChartQAPro": "generic", "MATH-V": "mathvision", "MathVerse_MINI_Vision_Only": "mathverse",
+             "AI2D_TEST_NO_MASK": "ai2d", "train": "generic", "MathVista_MINI": "generic", "WeMath": "generic"}  # fmt: skip
+    assert {
+        name: data.find_benchmark(f"{name}.tsv", columns) for name in names
+    } == names  # the last two lack what their rules read
+    assert data.find_benchmark("x.tsv", columns | {"ID", "key"}) == "wemath"
+    rows, _ = data.load_rows(tsv(tmp_path / "MathVista.tsv", {"answer": "x"}), benchmark="mmstar")
+    assert rows[0].benchmark == "mmstar"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"image": "7"}, "its image is that of index 7, but no such row holds a picture"),
+        ({"image": "2"}, "its image is that of index 2, but no such row holds a picture"),  # a link to a link
+        ({"image": ""}, "its image cell is empty, and it has no image_path"),
+        ({"image": "AAAA" * 20}, "picture AAAAAAAAAAAAAAAAAAAA... (base64) is not readable"),
+        ({"image": base64_picture()[:-9]}, "(base64) is not readable"),
+        ({"choices": "['a', 'b'"}, 'field "choices" is no list'),
+        ({"choices": "[__import__('os').system('true')]"}, 'field "choices" is no list'),
+        ({"choices": "[" * 10_000}, 'field "choices" is no list'),
+        ({"choices": str(["a"] * 10_000)}, "of at most 20000 characters"),
+        ({"answer": "E", "choices": "['a', 'b']"}, 'answer "E" is none of its 2 options'),
+        ({"answer": "E", "A": "a", "B": "b", "choices": ""}, 'answer "E" is none of its 2 options'),
+        ({"A": "", "B": "b"}, "option A is empty, but a later one is not"),
+        ({"index": "0"}, "qid 0 is already that of rows.tsv row 0"),
+        ({"answer": ""}, "no answer to grade against"),
+        ({"question": " "}, '"question" is missing'),
+    ],
+)  # fmt: skip
+def test_a_broken_tsv_row_is_named_with_its_reason(policy, cfg, tmp_path, accelerator, change, reason):
+    good = {"answer": "x", "A": "", "B": "", "choices": ""}
+    path = tsv(tmp_path / "rows.tsv", good, {**good, **change}, {**good, "image": "0"})
+    with pytest.raises(DataError) as error:
+        pebr.checked_rows(path, cfg, policy, accelerator, ("answer",))
+    assert "rows.tsv row 1: " in str(error.value) and reason in str(error.value) and "1 broken rows" in str(error.value)
+
+
+def test_a_tsv_that_is_none_says_so(tmp_path):
+    def reason_of(text):
+        (tmp_path / "rows.tsv").write_bytes(text)
+        with pytest.raises(DataError) as error:
+            data.load_rows(str(tmp_path / "rows.tsv"))
+        return str(error.value)
+
+    assert "no rows" in reason_of(b"") and "no rows" in reason_of(b"index\timage\tquestion\tanswer\n")
+    assert "no image or image_path column; its columns are answer, index, question" in reason_of(
+        b"index\tquestion\tanswer\n1\tq\ta\n"
+    )
+    assert "no index column" in reason_of(b"image\tquestion\tanswer\n1\tq\ta\n")
+    assert "no tab-separated table" in reason_of(b"index\xff\timage\n")
+    (tmp_path / "rows.tsv").write_text("index\timage\tquestion\tanswer\n1\tx\tq\n2\tx\tq\ta\tb\n")
+    assert [problem.split(": ")[1] for problem in data.load_rows(str(tmp_path / "rows.tsv"))[1]] == [
+        "it has not as many cells as the header has columns"
+    ] * 2
+
+
+def test_an_evaluation_that_cannot_be_scored_says_so(tmp_path):
+    path = tsv(tmp_path / "rows.tsv", {"answer": "x"}, {"answer": "y"})
+    for argv, reason in (
+        (["--benchmark", "imagenet"], "--benchmark imagenet: must be one of mathvista, "),
+        (["--benchmark", "dynamath"], "rows.tsv row 0: no answer_type, qid, which the rule of dynamath reads"),
+        (["--test_data", f"{path},{path}"], "each file needs a name of its own"),
+        ([], "has no predictions; evaluate first"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path / "run", "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", path, *argv)
+        assert reason in str(stopped.value)
+    with pytest.raises(SystemExit, match="has 1 to 2 responses to a question"):
+        regrade(tmp_path, path, {"0": ["x"], "1": ["x", "y"]})
+    with pytest.raises(SystemExit, match="has no prediction for 1 questions, the first is rows.tsv row 1: evaluate first"):
+        regrade(tmp_path, path, answered("x"))
+    assert (
+        regrade(tmp_path, path, answered("x"), "--skip_bad_rows")["n"] == 1
+    )  # a row that was dropped when its picture was opened
+
+
+def test_hostile_responses_are_extracted_and_judged_in_no_time():
+    clock = time.perf_counter()
+    for text in (
+        r"\boxed{" * 20_000,
+        "\\boxed{" + "{" * 100_000,
+        "### The final answer is: " + "9" * 50_000,
+        "### The final answer is: " + "A" * 10**5,
+    ):
+        answer, _ = rewards.extract_answer(text)
+        for name, benchmark in rewards.BENCHMARKS.items():
+            raw = {"answer_type": "float", "question_type": "x"}
+            row = Row(
+                "", "", "", "3", [], choices=["3", "4"] if name in ("mathvista", "mathvision", "ai2d") else None, raw=raw
+            )
+            assert not (answer and benchmark.rule(answer, row) and name != "mathvista")
+    assert time.perf_counter() - clock < 2  # mathvista takes the most similar option, whatever it is
+
+
+def test_evaluation_on_a_tsv_resumes_regrades_and_splits_over_processes_to_the_same_scores(night_sky, tmp_path, monkeypatch):
+    rows = [{"question": "Which color ?", "A": "pale", "B": "blue", "answer": "B", "category": "sky"} for _ in range(3)]
+    path = tsv(
+        tmp_path / "sky.tsv",
+        *rows,
+        {"question": "Is it late ?", "image": "0", "A": "", "B": "", "answer": "yes", "category": "time"},
+    )
+    argv = ["--stage", "evaluate", "--model", str(night_sky / "model"), "--test_data", path, "--mixed_precision", "no",
+            "--max_new_tokens", "8", "--max_pixels", "10000", "--prompt_file", str(night_sky / "prompt.txt"), "--eval_samples", "2",
+            "--generate_batch_size", "2"]  # fmt: skip
+    generate, calls = pebr.generate_rollouts, []
+
+    def killed_at_the_third_chunk(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return generate(*args)
+
+    run(tmp_path / "whole", *argv)
+    with monkeypatch.context() as other, pytest.raises(Killed):
+        other.setattr(pebr, "generate_rollouts", killed_at_the_third_chunk)
+        run(tmp_path / "parts", *argv)
+    run(tmp_path / "parts", *argv)
+    whole, parts = (tmp_path / name / "evaluate" / "base" for name in ("whole", "parts"))
+    names = ("predictions_greedy.jsonl", "predictions_sampled.jsonl", "predictions_greedy.tsv", "scores.json")
+    texts = [(whole / name).read_text() for name in names]
+    assert [(parts / name).read_text() for name in names] == texts
+    assert not (tmp_path / "whole" / "toy").exists()  # nothing of the toy is asked for
+    scores = json.loads(texts[-1])
+    assert (
+        scores["sampled"]["n"] == 4 and scores["sampled"]["temperature"] == 0.5 and "pass@2" in scores["sampled"]["further"]
+    )
+    assert set(scores["greedy"]["categories"]) == {"category", "form"} and 0 <= scores["greedy"]["truncated"] <= 1
+    assert scores["greedy"]["keyword"] is None and scores["greedy"]["tokens"] > 0
+    run(tmp_path / "parts", *argv, "--regrade", "--eval_temperature", "0.9")  # what was sampled was sampled at 0.5
+    assert [(parts / name).read_text() for name in names] == texts
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_script(tmp_path / "two", launcher, *argv, "--eval_samples", "0")  # two processes share the questions; greedy only
+    two = tmp_path / "two" / "evaluate" / "base"
+    assert (two / names[0]).read_text() == texts[0] and json.loads((two / "scores.json").read_text()) == {
+        "greedy": scores["greedy"]
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Config and stages
 
 
@@ -1736,7 +2206,7 @@ def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tm
     run(tmp_path, "--stage", "reasoning", *argv, "--max_steps", "2")
     run(tmp_path, "--stage", "evaluate", *argv)
     scores = json.loads((tmp_path / "evaluate" / "reasoning" / "scores.json").read_text())
-    assert scores["greedy"]["questions"] == 6 and scores["greedy"]["keyword"] > 0.5
+    assert scores["greedy"]["n"] == 6 and scores["greedy"]["keyword"] > 0.5
     assert weights_of(tmp_path / "perception").keys() == weights_of(tmp_path / "reasoning").keys()
 
 
