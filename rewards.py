@@ -13,6 +13,7 @@ Departures from the authors' code are numbered in pebr.py's header; [n] below re
 import ast
 from dataclasses import dataclass
 from fractions import Fraction
+import functools
 import math
 import operator
 import os
@@ -53,12 +54,17 @@ class Response:
 
 
 def parse_response(text: str) -> Response:
-    """Read the sections of the paper's answer format once, in order.
+    """Read the sections of the paper's answer format once, in order. [5]
 
     Well formed means: the headings Image Description, Rationales, Let's think step by step, Step 1 .. Step k (k >= 1),
     The final answer is, each once and in this order; nothing before the first one; no empty description or step; one
-    line of answer. The last answer section counts, and its first line is the answer. A description that no heading
-    closes (a truncated response) is no description, as in the authors' pattern. [5]
+    line of answer. A heading counts wherever it stands, in the middle of a section too: it ends that section. So
+    - the last answer section counts, and its first line with text in it is the answer; an answer heading inside another
+      section, a second set of headings or a repeated one leaves the answer of the last, and breaks the format;
+    - an answer that is said without its heading is no answer: it earns nothing;
+    - of repeated descriptions and rationales the first one counts, steps are all collected;
+    - a description that no heading closes (a truncated response) is none, as in the authors' pattern; an answer that is
+      cut off is read as it stands, since nothing marks its end.
     """
     found = list(HEADING.finditer(text))
     names, bodies = [], []
@@ -99,21 +105,54 @@ def length_reward(num_tokens: int) -> float:
     return 1.0 if num_tokens <= LENGTH_LIMIT else LENGTH_LIMIT / num_tokens
 
 
-def keyword_pattern(keyword: str) -> regex.Pattern:
-    """A keyword as a whole word or phrase, any case, any white space, plural allowed; a number is not part of a longer one.
+def key_tokens(text: str) -> list[str]:
+    """Words, numbers and signs, in one spelling: any case, 1,000 and 3.0 as 1000 and 3, "two" to "twelve" as 2 to 12.
 
-    A single letter (a point or an angle in geometry) is matched in its own case and has no plural: "A" is not "as".
+    "one" stays a word: in "the one on the left" it is no number. A single letter (a point in geometry) keeps its case.
     """
-    words = [regex.escape(word) for word in keyword.split()]
-    letters = regex.search(r"\p{L}*$", keyword.strip())[0]
-    plural = r"(?:e?s)?" if len(letters) > 2 else ""
-    case = 0 if len(keyword.strip()) == 1 else regex.IGNORECASE
-    return regex.compile(r"(?<!\w)(?<!\d[.,])" + r"\s+".join(words) + plural + r"(?!\w)(?![.,]\d)", case)
+    tokens = regex.findall(r"\p{Han}|\d++(?:[.,]\d++)*+[\w--\p{Han}]*|[\w--\p{Han}]+|\S", text, regex.VERSION1)
+    tokens = [token if len(token) == 1 else token.casefold() for token in tokens]
+    tokens = [regex.sub(r",(?=\d{3}(?!\d))|\.0+$", "", token) if token[0].isdigit() else token for token in tokens]
+    return [str(NUMBER_WORDS[token]) if 2 <= NUMBER_WORDS.get(token, 0) <= 12 else token for token in tokens]
 
 
-def keyword_reward(description: str, key_words: list[str]) -> float:
-    """Share of the reference keywords that the image description names (paper, stage 1). [1]"""
-    return sum(bool(keyword_pattern(keyword).search(description)) for keyword in key_words) / len(key_words)
+def keyword_set(keywords: list[str]) -> frozenset[tuple[str, ...]]:
+    """Keywords as token tuples, for `keyword_reward`'s vocabulary."""
+    return frozenset(tuple(key_tokens(keyword)) for keyword in keywords)
+
+
+@functools.lru_cache(maxsize=1)
+def longest(vocabulary: frozenset[tuple]) -> int:
+    return max(map(len, vocabulary), default=1)
+
+
+def phrases(text: str, most: int) -> set[tuple[str, ...]]:
+    """All runs of up to `most` tokens; the last word also without its plural ending."""
+    tokens = key_tokens(text)
+    runs = set()
+    for end in range(1, len(tokens) + 1):
+        last = tokens[end - 1]
+        for start in range(max(0, end - most), end):
+            for word in (last, last.removesuffix("s"), last.removesuffix("es")) if len(last) > 3 else (last,):
+                runs.add((*tokens[start : end - 1], word))
+    return runs
+
+
+def keyword_reward(description: str, key_words: list[str], vocabulary: frozenset = frozenset()) -> float:
+    """Share of the reference keywords that the image description names (paper, stage 1). [1]
+
+    A keyword is met as a whole word or phrase, in any case, singular or plural; "3" by 3 and by three, not by 13 or 3.5.
+    With a vocabulary (`keyword_set` of all rows' keywords; --keyword_precision) it is the F-score of that share and of
+    precision: of the vocabulary's keywords that the description names, how many are in or part of a reference keyword.
+    """
+    wanted = [tuple(key_tokens(keyword)) for keyword in key_words]
+    named = phrases(description, max(*map(len, wanted), longest(vocabulary)))
+    right = sum(keyword in named for keyword in wanted)
+    if not right or not vocabulary:
+        return right / len(wanted)
+    allowed = set().union(*(phrases(keyword, len(tokens)) for keyword, tokens in zip(key_words, wanted)))
+    wrong = len((named & vocabulary) - allowed)
+    return 2 * right / (len(wanted) + right + wrong)  # F1: recall right / wanted, precision right / (right + wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,21 +293,22 @@ def evaluate(tree: tuple[ast.expr, list], names: dict):
             raise NotMath("too deep")
         if isinstance(node, ast.Name):
             leaf = leaves[int(node.id[1:])]
-            return leaf if isinstance(leaf, Fraction) else names[leaf]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            operation, inputs = node.func.id, node.args
-        elif isinstance(node, (ast.UnaryOp, ast.BinOp)):
-            operation, inputs = type(node.op), [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+            result = leaf if isinstance(leaf, Fraction) else names[leaf]
+        elif isinstance(node, ast.UnaryOp):
+            result = OPERATIONS[type(node.op)](value(node.operand, depth + 1))
+        elif isinstance(node, ast.BinOp):
+            result = OPERATIONS[type(node.op)](value(node.left, depth + 1), value(node.right, depth + 1))
+        elif isinstance(node, ast.Call):
+            result = OPERATIONS[node.func.id](*[value(part, depth + 1) for part in node.args])
         else:
             raise NotMath("not a whitelisted operation")
-        result = OPERATIONS[operation](*[value(part, depth + 1) for part in inputs])
         if isinstance(result, complex) or not abs(result) < 1e300:  # nan included
             raise NotMath("no real number, or too large")
         return result
 
     try:
         return value(expression, 0)
-    except (ArithmeticError, KeyError, ValueError, TypeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise NotMath(str(error)) from None
 
 
@@ -552,9 +592,9 @@ def same(answer: str, gold: str, depth: int = 0) -> bool:
         return same_number(answer, quantity(gold))
     except NotMath:
         pass
-    if regex.fullmatch(r"\d{1,2}:[0-5]\d", gold):  # a time
+    if regex.fullmatch(r"(?:[01]?\d|2[0-3]):[0-5]\d", gold):  # a time
         return regex.sub(r"\s*[ap]\.?m\.?$", "", answer.casefold()) == gold
-    if ":" in gold:
+    if regex.search(r":|\d\s+to\s", gold):
         try:
             return ratio(answer) == ratio(gold)
         except NotMath:
@@ -582,7 +622,9 @@ def grade(answer: str, gold: str, choices: list[str] | None = None) -> bool:
     and 25); a ratio; an equation, inequality or formula; a short text without articles and plurals. Never raises.
     """
     if max(len(answer), len(gold)) > MAX_CHARS:
-        return bool(answer.strip()) and answer.strip() == gold.strip()
+        return answer.strip() == gold.strip() != ""
+    if not answer.strip():
+        return False
     if choices:
         chosen, right = option_index(answer, choices), option_index(gold, choices, gold=True)
         return None not in (chosen, right) and plain(unwrap(choices[chosen])) == plain(unwrap(choices[right]))
@@ -668,12 +710,12 @@ class ClipScorer:
 
 
 def score_parts(
-    rows, images: list[list], responses: list[str], num_tokens: list[int], clip: ClipScorer | None
+    rows, images: list[list], responses: list[str], num_tokens: list[int], clip: ClipScorer | None, vocabulary=frozenset()
 ) -> list[dict]:
     """Every part of the reward for each response.
 
     rows: data.Row of each response; images: its pictures (PIL); num_tokens: its completion length; clip: None leaves
-    the "clip" part out. A part that does not apply to a row (no keywords, no picture) is left out, never scored 0.
+    the "clip" part out; vocabulary: see keyword_reward. A part that does not apply to a row (no keywords, no picture) is left out, never scored 0.
     """
     parsed = [parse_response(text) for text in responses]
     parts = []
@@ -684,7 +726,7 @@ def score_parts(
             "length": length_reward(tokens),
         }
         if row.key_words:
-            part["keyword"] = keyword_reward(response.description, row.key_words)
+            part["keyword"] = keyword_reward(response.description, row.key_words, vocabulary)
         parts.append(part)
     seen = [i for i, pictures in enumerate(images) if pictures]
     if clip and seen:
