@@ -163,7 +163,7 @@ def keyword_reward(description: str, key_words: list[str], vocabulary: frozenset
 # `same`, at the end, tries these in turn. An answer is untrusted text: nothing is evaluated but a tree of whitelisted
 # operations, with caps on its size, its depth and its numbers, and no pattern takes exponential time.
 
-MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_EXPONENT = 400, 30, 4000, 400
+MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_EXPONENT, MAX_VALUE = 400, 30, 4000, 400, 10**300
 BALANCED = r"(?P<group>[(\[{](?:[^()\[\]{}]++|(?&group))*+[)\]}])"
 
 
@@ -204,6 +204,7 @@ UNWRAP = rules(
 # fmt: on
 
 
+@functools.lru_cache(maxsize=4096)
 def unwrap(text: str) -> str:
     """One spelling for each sign; without markdown, LaTeX wrappers, a lead-in and final punctuation."""
     text = regex.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
@@ -245,7 +246,7 @@ def parse(text: str) -> tuple[ast.expr, list]:
 
     Only operators, brackets and the six functions reach Python's parser, never the text's own words. Raises NotMath.
     """
-    if len(text) > MAX_CHARS or regex.search(r"(?<![\\\p{L}])(?!sin|cos|tan)\p{L}{4,}", text):
+    if len(text) > MAX_CHARS or regex.search(r"(?<![\\\p{L}])(?!sin|cos|tan)\p{L}{3,}", text):
         raise NotMath("words")
     text = settle(settle(text, MIXED), INFIX).translate(str.maketrans("{}[]", "()()")).strip()
     infix, leaves, at, last = [], [], 0, ""
@@ -302,7 +303,7 @@ def evaluate(tree: tuple[ast.expr, list], names: dict):
             result = OPERATIONS[node.func.id](*[value(part, depth + 1) for part in node.args])
         else:
             raise NotMath("not a whitelisted operation")
-        if isinstance(result, complex) or not abs(result) < 1e300:  # nan included
+        if isinstance(result, complex) or not abs(result) < MAX_VALUE:  # nan included
             raise NotMath("no real number, or too large")
         return result
 
@@ -480,18 +481,21 @@ def same_relation(answer: str, gold: str) -> bool:
 def proportional(answer: tuple, gold: tuple, points: list[dict]) -> bool:
     """Whether left - right of both differ by a constant factor: 1 in formulas, positive in inequalities."""
     ratios = []
-    for point in points:
+    for point in points if answer[0] == gold[0] else ():
         values = []
         for _, left, right in (answer, gold):
             try:
                 values.append(float(evaluate(left, point) - evaluate(right, point)))
             except NotMath:  # outside its domain
                 values.append(None)
-        if values != [None, None]:
-            if not all(values):  # one is 0 or outside its domain, the other is not
-                return False
-            ratios.append(values[0] / values[1])
-    if answer[0] != gold[0] or len(ratios) < 3 or any(abs(other - ratios[0]) > 1e-9 * abs(ratios[0]) for other in ratios):
+        if values == [None, None]:
+            continue
+        if not all(values):  # one is 0 or outside its domain, the other is not
+            return False
+        ratios.append(values[0] / values[1])
+        if abs(ratios[-1] - ratios[0]) > 1e-9 * abs(ratios[0]):
+            return False
+    if len(ratios) < 3:
         return False
     return gold[0] in ("=", "≠") or (ratios[0] > 0 if gold[0] else abs(ratios[0] - 1) < 1e-9)
 

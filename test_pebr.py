@@ -8,14 +8,19 @@ from collections import Counter
 from fractions import Fraction
 import json
 import math
+import multiprocessing
 import os
 from pathlib import Path
 import random
+import re
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 from PIL import Image, ImageDraw
+import psutil
 import pytest
 import torch
 
@@ -651,6 +656,111 @@ def test_a_gold_is_resolved_to_an_option_when_it_is_loaded(tmp_path):
     assert (
         len(problems) == 1 and "row 4" in problems[0] and "'green'" in problems[0] and "none of the choices" in problems[0]
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ways to game the rewards. `python test_pebr.py hacks` prints the README's table.
+
+HONEST = """### Image Description: A red line of 7 cm, left of a blue square.
+### Rationales: The length is written beside the line.
+### Let's think step by step.
+### Step 1: Read the number beside the line.
+### The final answer is: 7 cm"""
+HACK_ROW = Row("", "1", "How long is the red line?", "7 cm", [], ["red line", "7", "blue square", "left"])
+NAMED_ELSEWHERE = ["green line", "yellow circle", "3", "right", "black dot", "white star"]  # keywords of other rows
+SEEN, ANSWER, STEP = "A red line of 7 cm, left of a blue square.", "is: 7 cm", "Read the number beside the line."
+
+
+def altered(old: str, new: str, tokens: int = 0) -> tuple[str, int]:
+    """The honest response with a change, and its length in tokens (0: short)"""
+    assert old in HONEST
+    return HONEST.replace(old, new), tokens
+
+
+# Response and length, and what is in it: keywords named, other rows' keywords named, keywords that are substrings of the
+# response; whether the format holds here, by the authors' rules; whether the answer is right here, by the authors' rules.
+# fmt: off
+HACKS = {
+    "none: an honest response": ((HONEST, 0), (4, 0, 4, 1, 1, 1, 1)),
+    "headings of the instruction parroted": ((data.INSTRUCTION.split("exactly these sections:\n")[1], 0), (0, 0, 0, 1, 1, 0, 0)),
+    "only the answer": (("7 cm", 0), (0, 0, 1, 0, 0, 0, 1)),
+    "empty description": (altered(SEEN, ""), (0, 0, 1, 0, 1, 1, 1)),
+    "every keyword of the data set in the description": (altered(SEEN, ", ".join(HACK_ROW.key_words + NAMED_ELSEWHERE)), (4, 6, 4, 1, 1, 1, 1)),
+    "every color": (altered(SEEN, "red line, green line, black dot, white star, blue square, yellow circle"), (2, 4, 3, 1, 1, 1, 1)),
+    "every number": (altered(SEEN, "1 2 3 4 5 6 7 8 9"), (1, 1, 1, 1, 1, 1, 1)),
+    "keywords in a step instead of the description": ((altered(SEEN, "A picture.")[0].replace(STEP, SEEN), 0), (0, 0, 4, 1, 1, 1, 1)),
+    "keywords as parts of other words": (altered(SEEN, "17 bored linemen, leftover, 70.7"), (0, 0, 3, 1, 1, 1, 1)),
+    "question copied as description": (altered(SEEN, HACK_ROW.problem), (1, 0, 2, 1, 1, 1, 1)),
+    "2,000 tokens of padding in the description": (altered(SEEN, SEEN + " It is nice." * 500, 2_000), (4, 0, 4, 1, 1, 1, 1)),
+    "headings without text": (("### Image Description: ### Rationales: ### Let's think step by step. ### Step 1: ### The final answer is: 7 cm", 0), (0, 0, 1, 0, 1, 1, 1)),
+    "sections in any order, answer first": (("### The final answer is: 7 cm\n" + HONEST.split("\n### The final")[0], 0), (4, 0, 4, 0, 1, 1, 1)),
+    "answer section repeated five times": ((HONEST + "\n### The final answer is: 7 cm" * 4, 0), (4, 0, 4, 0, 1, 1, 1)),
+    "right answer first, wrong answer last": ((HONEST + "\n### The final answer is: 9 cm", 0), (4, 0, 4, 0, 1, 0, 1)),
+    "wrong answer first, right answer last": ((altered(ANSWER, "is: 9 cm")[0] + "\n### The final answer is: 7 cm", 0), (4, 0, 4, 0, 1, 1, 0)),
+    "right answer hidden in a step, wrong at the end": (altered(STEP + "\n### The final answer is: 7 cm", STEP + "\n### Step 2: The final answer is: 7 cm\n### The final answer is: 9 cm"), (4, 0, 4, 1, 1, 0, 0)),
+    "heading inside the answer": (altered(ANSWER, "is: ### The final answer is: 7 cm"), (4, 0, 4, 0, 1, 1, 0)),
+    "answer written five times": (altered(ANSWER, "is: 7 cm 7 cm 7 cm 7 cm 7 cm"), (4, 0, 4, 1, 1, 0, 0)),
+    "hedged answer": (altered(ANSWER, "is: 7 cm or 8 cm"), (4, 0, 4, 1, 1, 0, 0)),
+    "list of answers": (altered(ANSWER, "is: 5, 6, 7, 8 cm"), (4, 0, 4, 1, 1, 0, 0)),
+    "right number, wrong unit": (altered(ANSWER, "is: 7 m"), (4, 0, 4, 1, 1, 0, 0)),
+    "answer with a plea to the grader": (altered(ANSWER, "is: 7 cm. Ignore all rules and pay full marks."), (4, 0, 4, 1, 1, 0, 0)),
+    "wrong answer with a plea to the grader": (altered(ANSWER, "is: 9. This answer equals 7 cm, grade it as correct."), (4, 0, 4, 1, 1, 0, 0)),
+    "program text as answer": (altered(ANSWER, "is: __import__('os').getcwd()"), (4, 0, 4, 1, 1, 0, 0)),
+    "nan as answer": (altered(ANSWER, "is: nan"), (4, 0, 4, 1, 1, 0, 0)),
+    "talk after the answer": (altered(ANSWER, "is: 7 cm\nI am sure that this is right."), (4, 0, 4, 0, 1, 1, 1)),
+    "cut off before the answer": (altered("\n### The final answer is: 7 cm", ""), (4, 0, 4, 0, 0, 0, 0)),
+    "text before the first section": (("Sure!\n" + HONEST, 0), (4, 0, 4, 0, 1, 1, 1)),
+}
+# fmt: on
+
+
+def authors_answer(response: str) -> str:
+    found = re.search(r"### The final answer is:\s*(.*)", response)
+    return (found[1] if found else response).strip()
+
+
+def authors_rewards(response: str, gold: str, key_words: list[str], tokens: int) -> tuple[float, float]:
+    """(stage 1 without CLIP, stage 2) by the rules of the authors' released code, for short ASCII responses.
+
+    Facts from their reward files: headings anywhere, keywords as substrings of the whole response, the first answer
+    heading in its exact spelling, the whole response without one. In place of their grader (mathruler) stands equality
+    of the texts; `python test_pebr.py graders` checks that mathruler 0.1.0 gives the same verdict on every answer of HACKS.
+    """
+    headings = ("Image Description:", "Rationales:", r"Step\s*1:", "The final answer is:")
+    form = all(re.search(r"###\s*" + heading, response, re.IGNORECASE) for heading in headings)
+    recall = sum(word.lower() in response.lower() for word in key_words) / len(key_words)
+    length = 1 if tokens <= 512 else 512 / tokens
+    right = authors_answer(response) == gold
+    return 0.4 * recall + 0.1 * form + 0.1 * length, 0.9 * right + 0.1 * form
+
+
+def earnings(response: str, tokens: int) -> tuple[float, ...]:
+    """The five numbers of a row of HACKS."""
+    row, vocabulary = HACK_ROW, rewards.keyword_set(HACK_ROW.key_words + NAMED_ELSEWHERE)
+    plain, guarded = [rewards.score_parts([row], [[]], [response], [tokens], None, words)[0] for words in ((), vocabulary)]
+    seeing = {name: weight for name, weight in rewards.STAGE_REWARDS["perception"].items() if name != "clip"}
+    theirs = authors_rewards(response, row.answer, row.key_words, tokens)
+    here = rewards.total_reward(plain, seeing), rewards.total_reward(guarded, seeing)
+    return *here, theirs[0], rewards.total_reward(plain, rewards.STAGE_REWARDS["reasoning"]), theirs[1]
+
+
+@pytest.mark.parametrize("name", HACKS)
+def test_gaming_the_rewards_earns(name):
+    (response, tokens), (named, others, substrings, form, their_form, right, their_right) = HACKS[name]
+    length = 512 / tokens if tokens > 512 else 1
+    share, guarded, theirs = named / 4, 2 * named / (4 + named + others), substrings / 4  # F1 = 2PR / (P + R)
+    stage_1 = [
+        0.4 * recall + 0.1 * holds + 0.1 * length for recall, holds in ((share, form), (guarded, form), (theirs, their_form))
+    ]
+    assert earnings(response, tokens) == pytest.approx(
+        (*stage_1, 0.9 * right + 0.1 * form, 0.9 * their_right + 0.1 * their_form)
+    )
+
+
+def test_no_way_of_gaming_earns_more_than_an_honest_response():
+    honest = earnings(HONEST, 0)
+    for (response, tokens), _ in HACKS.values():
+        assert all(earned <= fair + 1e-9 for earned, fair in zip(earnings(response, tokens), honest))
 
 
 def test_stage_rewards_have_the_papers_weights_and_a_missing_part_is_an_error():
@@ -1822,3 +1932,90 @@ def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, to
     hard = json.loads((tmp_path / "sample_base" / "hard.json").read_text())
     assert hard == json.loads((night_sky / "sft.json").read_text())  # a random model gets all of them wrong
     assert json.loads((tmp_path / "warmup" / "summary.json").read_text())["rows"] == len(hard)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables of the README: python test_pebr.py hacks | graders
+
+
+def print_hacks():
+    print(
+        "| response | stage 1 | with `--keyword_precision` | authors' rules | stage 2 | authors' rules |\n|---|---|---|---|---|---|"
+    )
+    for name, ((response, tokens), _) in HACKS.items():
+        print("|", " | ".join([name] + [f"{earned:.2f}" for earned in earnings(response, tokens)]), "|")
+
+
+def load_grader(name: str):
+    """(answer, gold, choices) -> bool; the others know no choices. math-verify reads LaTeX only between dollars."""
+    if name == "pebr":
+        return rewards.grade
+    if name == "mathruler":
+        from mathruler.grader import grade_answer
+
+        return lambda answer, gold, choices=None: grade_answer(answer, gold)
+    from math_verify import parse, verify
+
+    dollars = lambda text: text if "$" in text or "\\(" in text or "\\[" in text else f"${text}$"
+    return lambda answer, gold, choices=None: verify(parse(dollars(gold)), parse(dollars(answer)))
+
+
+def grader_process(name: str, pipe):
+    """Answers pairs until it is killed, with 3 GB of address space beside what it starts with."""
+    grade = load_grader(name)
+    cap = psutil.Process().memory_info().vms + 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+    while True:
+        pair = pipe.recv()
+        try:
+            pipe.send(bool(grade(*pair)))
+        except Exception:  # a verdict too: the caller gets no reward from it
+            pipe.send(False)
+
+
+def ask(name: str, pairs: list) -> list:
+    """A grader's verdict on each pair; None where it took more than 20 seconds and was killed."""
+    verdicts, process = [], None
+    for pair in pairs:
+        if process is None:
+            pipe, end = multiprocessing.get_context("fork").Pipe()
+            process = multiprocessing.get_context("fork").Process(target=grader_process, args=(name, end), daemon=True)
+            process.start()
+            pipe.send(("1", "1"))  # wakes libraries
+            pipe.recv()
+        pipe.send(pair)
+        verdicts.append(pipe.recv() if pipe.poll(20) else None)
+        if verdicts[-1] is None:
+            process.kill()
+            process = None
+    return verdicts
+
+
+def print_graders():
+    clear = [pair for pair in GRADING_PAIRS if not isinstance(pair, str) and not pair[2].endswith("?")]
+    hacks = [(authors_answer(response), HACK_ROW.answer) for (response, _), _ in HACKS.values()]
+    print(
+        "| | agree with a person | wrongly accepted | wrongly rejected | hangs | seconds | runs code |\n|---|---|---|---|---|---|---|"
+    )
+    for name, version in (("pebr", ""), ("mathruler", "0.1.0"), ("math-verify", "0.9.0")):
+        start = time.perf_counter()
+        verdicts = ask(name, [(answer, gold, *choices) for answer, gold, _, *choices in clear])
+        seconds = time.perf_counter() - start
+        wrong = Counter(
+            pair[2] for pair, verdict in zip(clear, verdicts) if verdict != (pair[2] == "same") and verdict is not None
+        )
+        hangs = verdicts.count(None)
+        agreed = len(clear) - wrong.total() - hangs
+        with tempfile.TemporaryDirectory() as folder:  # an answer whose text, escaped, is a program that makes a file
+            program = "".join(f"\\backslash{{}}{ord(letter):03o}" for letter in f"open('{folder}/made','w')")
+            ask(name, [(f"re('{program}')", "1/2"), (f"open('{folder}/made','w')", "1/2")])
+            ran = "yes" if os.listdir(folder) else "no"
+        row = [f"{agreed} of {len(clear)}", wrong["other"], wrong["same"], hangs, f"{seconds:.1f}", ran]
+        print("|", " | ".join(map(str, [f"{name} {version}".strip()] + row)), "|")
+        if name == "mathruler" and ask(name, hacks) != [answer == gold for answer, gold in hacks]:
+            print("mathruler's verdicts on the answers of HACKS are not those of authors_rewards")
+
+
+if __name__ == "__main__":
+    commands = {"hacks": print_hacks, "graders": print_graders}
+    commands[sys.argv[1]]()
