@@ -197,6 +197,7 @@ UNWRAP = rules(
     (r"\^\s*(?:°|\{\s*°\s*\})|\{?\bdegrees?\b\}?|度|掳|º", "°"),
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),  # 1.2 x 10^3
     (r"(?<![\w)*])(\*{1,2})(?=\S)([^*]+)(?<=\S)\1(?![\w(*])", r"\2"),  # *5*, **5**
+    (r"(\d[^()]*?)\s*\((?=[^()]*\p{L}{3})(?=[^()]*\s)(?![^()]*\b(?:or|not)\b)[^()]*\)$", r"\1"),  # 5 (since 2 + 3 = 5)
     (r"^\s+|\s+$|(?<=.)[\s.,;:]+$|^[#>]+\s+", ""), (r"^([\"'])(.*)\1$", r"\2"),
     (r"^(?:so|thus|hence|therefore)\b,?\s+(?=\S)|^(?:approximately|approx\.?|about|around|roughly|≈)(?=\W*\d)", ""),
     (r"^(?:(?:the\s+)?(?:(?:final|correct|right)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?|答案|选项?)\s*[:为是]*\s*(?=\S)", ""),
@@ -228,10 +229,11 @@ TOKEN = regex.compile(
     r"|(?P<name>\\[a-z]+|[a-zΑ-ω](?:_(?:\w|\(\w{1,9}\)))?)|(?P<close>\))|(?P<open>\()|(?P<operator>\*\*|[-+*/^,]))",
     regex.IGNORECASE,
 )
-MIXED = rules(  # 1 1/2, 1\frac{1}{2}
-    (r"(?<![\d.^/_}])(\d+)(?:\s+(\d+)\s*/\s*(\d+)(?!\d)|\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d)))", r"(\1+\2\4\5/\3\6\7)")
-)  # fmt: skip
-INFIX = rules(  # LaTeX from the inside out
+INFIX = rules(  # LaTeX from the inside out; first of all mixed numbers, 1 1/2 and 1\frac{1}{2}
+    (
+        r"(?<![\d.^/_}])(\d+)(?:\s+(\d+)\s*/\s*(\d+)(?!\d)|\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d)))",
+        r"(\1+\2\4\5/\3\6\7)",
+    ),
     (r"√\s*(?:\[(\d)\])?\s*(?:\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zπ]))", r" root((\2\3),(0\1)) "),
     (r"\\frac\s*(?:\{([^{}]*)\}|(\d|π))\s*(?:\{([^{}]*)\}|(\d|π|[a-z]))", r" ((\1\2)/(\3\4)) "),
     (r"([\^_])\s*\{([^{}]*)\}", r"\1(\2)"),
@@ -248,7 +250,7 @@ def parse(text: str) -> tuple[ast.expr, list]:
     """
     if len(text) > MAX_CHARS or regex.search(r"(?<![\\\p{L}])(?!sin|cos|tan)\p{L}{3,}", text):
         raise NotMath("words")
-    text = settle(settle(text, MIXED), INFIX).translate(str.maketrans("{}[]", "()()")).strip()
+    text = settle(text, INFIX).translate(str.maketrans("{}[]", "()()")).strip()
     infix, leaves, at, last = [], [], 0, ""
     while at < len(text):
         match = TOKEN.match(text, at)
@@ -463,11 +465,8 @@ def relations(text: str) -> list[tuple]:
 
 
 def same_relation(answer: str, gold: str) -> bool:
-    """Each part of the gold's chain is met by a part of the answer's. Points of both signs; in formulas π is a name too."""
-    try:
-        ours, theirs = relations(answer), relations(gold)
-    except NotMath:
-        return False
+    """Each part of the gold's chain is met by a part of the answer's. Points of both signs; π is a name as well. Raises NotMath."""
+    ours, theirs = relations(answer), relations(gold)
     names = sorted({leaf for part in ours + theirs for _, leaves in part[1:] for leaf in leaves if isinstance(leaf, str)})
     rng = random.Random(0)
     points = [{name: Fraction(rng.randint(-97 * (i > 3), 97), 7) + Fraction(1, 11) for name in names} for i in range(8)]
@@ -556,15 +555,6 @@ def label(text: str) -> tuple[str, str]:
     return (plain(match[1]).removeprefix("the"), match[2]) if match and not negated else ("", text)
 
 
-def ratio(text: str) -> list:
-    """Terms of 1:2, "1 to 2", 1/2 relative to the last one. Raises NotMath."""
-    terms = [quantity(term).value for term in regex.split(r"\s*:\s*|\s+to\s+", text)] + [Fraction(1)]
-    terms = terms[:-1] if len(terms) > 2 else terms
-    if 0 in terms:
-        raise NotMath("0 in a ratio")
-    return [term / terms[-1] for term in terms]
-
-
 def stems(text: str) -> list[str]:
     words = regex.findall(r"[\p{L}\p{N}]+", regex.sub(r"(?<=\b\p{L})\.", "", text.casefold()))
     words = [word[:-1] if len(word) > 3 and regex.search(r"[^s]s$", word) else word for word in words]
@@ -592,30 +582,20 @@ def same(answer: str, gold: str, depth: int = 0) -> bool:
         if not (answer_label and gold_label) or answer_label == gold_label or initials:  # V and Volume
             if same(answer_body, gold_body, depth + 1):
                 return True
-    try:
-        return same_number(answer, quantity(gold))
-    except NotMath:
-        pass
     if regex.fullmatch(r"(?:[01]?\d|2[0-3]):[0-5]\d", gold):  # a time
         return regex.sub(r"\s*[ap]\.?m\.?$", "", answer.casefold()) == gold
-    if regex.search(r":|\d\s+to\s", gold):
+    if regex.fullmatch(r"[^:]*\d\s*(?::|\bto\b)\s*\d[^:]*", gold):  # a ratio
+        answer, gold = [regex.sub(r"\s*(?::|\bto\b)\s*", "/", text) for text in (answer, gold)]
+    try:
+        expected = quantity(gold)
+    except NotMath:
+        expected = None
+    if expected or MATH_SIGN.search(answer + " " + gold):
         try:
-            return ratio(answer) == ratio(gold)
+            return same_quantity(quantity(answer), expected) if expected else same_relation(answer, gold)
         except NotMath:
-            pass
-    if MATH_SIGN.search(answer + " " + gold):
-        return same_relation(answer, gold)
+            return False
     return bool(stems(gold)) and stems(answer) == stems(gold)
-
-
-def same_number(answer: str, gold: Quantity) -> bool:
-    aside = regex.fullmatch(r"([^()]*\d[^()]*?)\s*\((?=[^()]*\p{L}{3})(?![^()]*\b(?:or|not)\b)[^()]*\)", answer)
-    for text in [answer, aside[1]] if aside else [answer]:  # 5 (since 2 + 3 = 5)
-        try:
-            return same_quantity(quantity(text), gold)
-        except NotMath:
-            pass
-    return False
 
 
 def grade(answer: str, gold: str, choices: list[str] | None = None) -> bool:

@@ -472,7 +472,7 @@ ALSO_SAME = [
     ("33.3%", "1/3"), ("1/3", "0.33"), ("3½", "7/2"), (r"\sqrt[3]{27}", "3"), ("1.2 x 10^3", "1200"), ("6.02e23", r"6.02 \times 10^{23}"),
     ("x=±2", "x = 2 or x = -2"), ("x=1, y=2", "(1,2)"), ("(x,y)=(1,2)", "(1,2)"), ("(1, 2), (3, 4)", "(3,4) and (1,2)"), ("A, C", "C and A"),
     ("(-∞, -1) ∪ (1, +∞)", r"(-\infty,-1)\cup(1,\infty)"), ("domain: [-4,0) and range: (-3,1]", "range: (-3, 1], domain: [-4, 0)"),
-    ("1:2:3", "2:4:6"), ("Yes, it is.", "yes"), ("选B", "B"), ("B. 24", "B"), ("the dogs", "dog"), ("５０％", "50%"), ("118°T", "118掳T"),
+    ("6 to 8", "3:4"), ("3/4", "3:4"), ("Yes, it is.", "yes"), ("选B", "B"), ("B. 24", "B"), ("the dogs", "dog"), ("５０％", "50%"), ("118°T", "118掳T"),
     ("9" * 1_000, "9" * 1_000),
 ]
 ALSO_OTHER = [
@@ -530,7 +530,7 @@ def test_respellings_of_a_gold_are_accepted_and_different_golds_never():
     rng = random.Random(0)
     golds = [spelled_golds(rng) for _ in range(1_000)]
     assert [(a, b) for _, a, b in golds if not rewards.grade(a, b)] == []
-    crossed = [(rng.choice(golds), rng.choice(golds)) for _ in range(11_000)]
+    crossed = [(rng.choice(golds), rng.choice(golds)) for _ in range(10_500)]
     crossed += [(a, b) for a, b in zip(golds, golds[1:])]
     apart = [(a[1], b[2]) for a, b in crossed if a[0] != b[0] and not value_of(a[0]) == value_of(b[0])]
     assert len(apart) > 10_000
@@ -597,7 +597,7 @@ def test_no_answer_makes_the_grader_fail_or_slow():
         "的",
     ]
     tests = [(pair[0], pair[1]) for pair in GRADING_PAIRS if not isinstance(pair, str)]
-    for _ in range(1_000):
+    for _ in range(400):
         texts = ["".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400] for _ in range(2)]
         tests += [
             tuple(texts),
@@ -755,6 +755,11 @@ def test_gaming_the_rewards_earns(name):
     assert earnings(response, tokens) == pytest.approx(
         (*stage_1, 0.9 * right + 0.1 * form, 0.9 * their_right + 0.1 * their_form)
     )
+
+
+def test_the_readme_shows_the_table_of_hacks(capsys):
+    print_hacks()
+    assert capsys.readouterr().out in Path(__file__).with_name("README.md").read_text()
 
 
 def test_no_way_of_gaming_earns_more_than_an_honest_response():
