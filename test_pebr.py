@@ -1609,6 +1609,17 @@ def test_a_step_makes_its_updates_from_the_start_model_of_the_stage(toy, toy_run
     assert drawn[1] - drawn[0]
 
 
+def test_keyword_precision_hands_all_keywords_of_the_stage_to_the_reward(toy, toy_run, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(toy)
+    files = ["--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]
+    handed, score_parts = [], pebr.score_parts
+    monkeypatch.setattr(pebr, "score_parts", lambda *args: handed.append(args[-1]) or score_parts(*args))
+    run(tmp_path, "--stage", "perception", *SMALL, *files, "--keyword_precision", "--max_steps", "1")
+    words = [word for row in data.load_rows(str(toy / "train.json"))[0] for word in row.key_words]
+    assert handed and all(vocabulary == rewards.keyword_set(words) for vocabulary in handed)
+    assert json.loads((tmp_path / "perception" / "stage.json").read_text())["settings"]["keyword_precision"] is True
+
+
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=7.0)
     cfg = Config(learning_rate=1.0, lr_schedule="cosine", lr_warmup=0.1)
