@@ -38,6 +38,7 @@ slightly narrower distribution than the one that is scored.
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 import functools
@@ -71,6 +72,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    DynamicCache,
     GenerationConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -373,7 +375,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
         raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from None
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
-    fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES
+    windows = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
+    fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES and not windows
     if fast:
         model.config.text_config._attn_implementation = "shared_prefix"
     return Policy(model, processor, fast)
@@ -507,23 +510,40 @@ def first_end(tokens: torch.Tensor, end_ids: list[int]) -> int:
     return int(ends[0]) + 1 if len(ends) else len(tokens)
 
 
+@dataclass
+class PromptCache:
+    """Keys and values of P prompts, each held once however many responses follow it, and which prompt each row follows."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (P, kv heads, T, dim) of each layer
+    bias: torch.Tensor  # (P, 1, 1, T): 0, or -inf where a prompt is padded
+    prompt: torch.Tensor  # (rows,) index of a row's prompt
+    place: torch.Tensor  # (rows,) its place 0 .. n - 1 among the prompt's rows
+    n: int
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Only these rows go on, and only the prompts that they follow."""
+        used, self.prompt = self.prompt[rows].unique(return_inverse=True)
+        self.place = self.place[rows]
+        if len(used) < len(self.bias):
+            self.bias, self.layers = self.bias[used], [(keys[used], values[used]) for keys, values in self.layers]
+
+
 def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
-    """Prefill each prompt and its pictures once, repeat the KV cache n times, decode; rows leave the batch as they end.
+    """Prefill each prompt and its pictures once, decode n responses to each against that one KV cache; rows leave as they end.
 
     Returns [((C,) tokens, (C,) log-probs)] for P * n responses. Positions are explicit, so nothing stays on the model.
     """
-    batch = collate(prompts, None, policy.pad_id, policy.device)
+    batch, device = collate(prompts, None, policy.pad_id, policy.device), policy.device
     positions, next_position = rope_positions(policy, batch)
     batch.pop("mm_token_type_ids", None)
     out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache, mask = out.past_key_values, batch["attention_mask"].repeat_interleave(n, 0)  # (P * n, T)
-    cache.batch_repeat_interleave(n)
-    logits, next_position = (
-        out.logits[:, -1].repeat_interleave(n, 0),
-        next_position.repeat_interleave(n, 0),
-    )  # (P * n, V), (P * n, 1)
-    alive, ends = torch.arange(len(mask), device=policy.device), torch.tensor(policy.end_ids, device=policy.device)
-    sampled, logprobs = [[] for _ in mask], [[] for _ in mask]
+    bias = torch.zeros(batch["attention_mask"].shape, device=device).masked_fill(batch["attention_mask"] == 0, float("-inf"))
+    which, place = torch.arange(len(prompts) * n, device=device) // n, torch.arange(len(prompts) * n, device=device) % n
+    layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+    prompt_cache, cache = PromptCache(layers, bias[:, None, None], which, place, n), DynamicCache()  # of the responses
+    logits, next_position = out.logits[which, -1], next_position[which]  # (P * n, V), (P * n, 1)
+    alive, ends = torch.arange(len(which), device=device), torch.tensor(policy.end_ids, device=device)
+    sampled, logprobs = [[] for _ in which], [[] for _ in which]
     for step in range(cfg.max_new_tokens):
         tokens, chosen = sample_tokens(logits, temperature, cfg.top_p, policy.banned_ids)  # (alive,)
         for row, token, logprob in zip(alive.tolist(), tokens.tolist(), chosen.tolist()):
@@ -533,15 +553,37 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperatu
         if len(going) == 0 or step == cfg.max_new_tokens - 1:
             break
         if len(going) < len(alive):
-            alive, tokens, mask, next_position = alive[going], tokens[going], mask[going], next_position[going]
-            cache.batch_select_indices(going)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = policy.model(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=(next_position + step).expand(3, -1, -1),
+            alive, tokens, next_position = alive[going], tokens[going], next_position[going]
+            prompt_cache.keep(going)
+            if step:
+                cache.batch_select_indices(going)
+        logits = policy.model(
+            input_ids=tokens[:, None], position_ids=(next_position + step).expand(3, -1, -1), prompt_cache=prompt_cache,
             past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits = out.logits[:, -1]
+        ).logits[:, -1]  # fmt: skip
     return [(torch.tensor(tokens), torch.tensor(values)) for tokens, values in zip(sampled, logprobs)]
+
+
+def decode_attention(query, key, value, scaling, cache: PromptCache, layer: int):
+    """Attention of one new token a row, query (rows, heads, 1, dim), to its prompt and to its own response so far, key and
+    value (rows, kv heads, L, dim). A prompt's rows meet its keys in one matrix product: they are neither repeated nor read
+    n times. Returns (rows, 1, heads, dim)."""
+    prompt_key, prompt_value = cache.layers[layer]
+    T, kv_heads = prompt_key.shape[2], prompt_key.shape[1]
+    query = (query * scaling).to(value.dtype)[:, :, 0].unflatten(1, (kv_heads, -1))  # (rows, kv heads, R, dim)
+
+    def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); places of rows that have ended are 0
+        placed = x.new_zeros(len(cache.bias), cache.n, *x.shape[1:])
+        placed[cache.prompt, cache.place] = x
+        return placed.transpose(1, 2).flatten(2, 3)
+
+    def by_row(x):  # and back
+        return x.unflatten(2, (cache.n, -1)).transpose(1, 2)[cache.prompt, cache.place]
+
+    scores = torch.cat([by_row(by_prompt(query) @ prompt_key.mT + cache.bias), query @ key.mT], -1)
+    weights = scores.float().softmax(-1).to(value.dtype)  # (rows, kv heads, R, T + L)
+    out = by_row(by_prompt(weights[..., :T]) @ prompt_value) + weights[..., T:] @ value
+    return out.flatten(1, 2)[:, None]
 
 
 def sample_tokens(
@@ -628,9 +670,13 @@ def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]
     return torch.cat([torch.cat([last, tail[: len(c) - 1]]) for tail, c in zip(tails, completions)])
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, shared_prefix=None, **kwargs):
+def shared_prefix_attention(
+    module, query, key, value, attention_mask, scaling=None, shared_prefix=None, prompt_cache=None, **kwargs
+):
     """Attention of one row [prompt, c1 ... cG] with shared_prefix = (T, G): the prompt attends to itself, each completion to
-    the prompt and itself. Without shared_prefix (decoding, other callers): transformers' sdpa."""
+    the prompt and itself. With prompt_cache: of a decoding step. With neither (prefill, other callers): transformers' sdpa."""
+    if prompt_cache is not None:
+        return decode_attention(query, key, value, scaling, prompt_cache, module.layer_idx), None
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     T, G = shared_prefix
@@ -1048,10 +1094,16 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     total, instruction = number_of_steps(len(rows), cfg.sft_batch_size, cfg), read_instruction(cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
+
+    def encode(step):
+        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
+        return [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
+
+    pool = ThreadPoolExecutor(1)  # prepares the next step's pictures while this one trains
+    following = pool.submit(encode, start + 1)
     for step in range(start + 1, total + 1):
         clock = time.perf_counter()
-        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
-        examples = [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
+        examples, following = following.result(), pool.submit(encode, step + 1)
         tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
 
         def loss_of(examples):
@@ -1066,6 +1118,7 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
             save_checkpoint(folder, step, accelerator)
     bar.close()
+    pool.shutdown(cancel_futures=True)
     save_policy(policy, accelerator, model, folder)
 
 
@@ -1354,11 +1407,11 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
 
 
 def kv_bytes(policy: Policy, cfg: Config) -> int:
-    """Bytes of KV cache for one response at full length."""
+    """Bytes of KV cache for one response at full length. The fast engine holds a prompt once per group."""
     text = policy.model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if cfg.mixed_precision == "bf16" else 4)
-    return per_token * (cfg.max_prompt_length + cfg.max_new_tokens)
+    return per_token * (cfg.max_prompt_length // (cfg.group_size if policy.fast else 1) + cfg.max_new_tokens)
 
 
 def device_bytes(accelerator: Accelerator) -> int:
@@ -1391,6 +1444,7 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
     plan = {
         "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
+        "their bf16 copy": 2 * weights if cfg.mixed_precision == "bf16" else 0,  # autocast's, made once per rollout or update
         "reference model": bytes_ * weights if cfg.kl_coef else 0,
         "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
         "activations of an update": kept,
@@ -1402,15 +1456,15 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
 def print_memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> float:
     """The plan beside what there is, and what to lower if it does not fit. Returns the GiB needed at the worst moment."""
     plan, there = memory_plan(policy, cfg, accelerator), device_bytes(accelerator) / 2**30
-    states, reference, rollout, *update = plan.values()
-    needed = states + reference + max(rollout, sum(update))  # rollout and update take turns
+    states, copy, reference, rollout, *update = plan.values()
+    needed = states + copy + reference + max(rollout, sum(update))  # rollout and update take turns
     for name, value in plan.items():
         accelerator.print(f"  {value:8.2f} GiB  {name}")
     accelerator.print(f"  {needed:8.2f} GiB  needed on each process, {there:.1f} GiB there")
     if needed > there:
         takes = "to lower --micro_batch_size, then --max_new_tokens and --max_pixels"
         takes = "to lower --generate_batch_size" if rollout > sum(update) else takes
-        takes = "more memory, or --kl_coef 0 (no reference model)" if states + reference > there else takes
+        takes = "more memory, or --kl_coef 0 (no reference model)" if states + copy + reference > there else takes
         accelerator.print(f"  THIS DOES NOT FIT: it takes {takes}")
     return needed
 

@@ -1169,6 +1169,46 @@ def test_rollouts_come_in_groups_and_end_where_generate_ended(policy, cfg, tmp_p
     assert {r.truncated for r in rollouts} == {True, False}
 
 
+def test_decode_attention_is_attention_to_the_repeated_prompt():
+    """2 prompts (one with padding) x 3 rows, two heads for each key head; also after rows, and a whole prompt, have ended."""
+    torch.manual_seed(0)
+    keys, values, own_keys, own_values = (torch.randn(n, 2, t, 8) for n, t in ((2, 5), (2, 5), (6, 3), (6, 3)))
+    query, prompt, place = torch.randn(6, 4, 1, 8), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2])
+    bias = torch.zeros(2, 1, 1, 5)
+    bias[1, ..., :2] = float("-inf")
+    cache = pebr.PromptCache([(keys, values)], bias, prompt, place, 3)
+    for rows in ([0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5], [3, 5]):  # of the six
+        if len(rows) < 6:
+            cache.keep(
+                torch.tensor([{0: 0, 2: 2, 3: 3, 4: 4, 5: 5}[r] if len(rows) == 5 else {3: 2, 5: 4}[r] for r in rows])
+            )
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[rows], torch.cat([keys[prompt], own_keys], 2)[rows], torch.cat([values[prompt], own_values], 2)[rows],
+            attn_mask=torch.nn.functional.pad(bias[prompt], (0, 3))[rows], scale=0.3, enable_gqa=True,
+        )  # fmt: skip
+        got = pebr.decode_attention(query[rows], own_keys[rows], own_values[rows], 0.3, cache, 0)
+        torch.testing.assert_close(got, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+    assert len(cache.bias) == len(cache.layers[0][0]) == 1  # the prompt that nobody follows any more is gone
+
+
+def test_autocast_casts_the_weights_once_a_rollout_and_not_once_a_token(policy, cfg, tmp_path):
+    from torch.profiler import ProfilerActivity, profile
+
+    policy.end_ids, prompts = [], prompts_of(policy, cfg, tmp_path)
+    head = list(policy.model.get_output_embeddings().weight.shape)
+
+    def casts_of_the_head(max_new_tokens):
+        with (
+            profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen,
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            pebr.decode(policy, prompts, 2, pebr.replace(cfg, max_new_tokens=max_new_tokens), 1.0)
+        return sum(event.name == "aten::_to_copy" and event.input_shapes[0] == head for event in seen.events())
+
+    assert casts_of_the_head(9) == casts_of_the_head(3) == 1
+
+
 def test_an_image_token_is_never_sampled(policy, cfg, tmp_path, accelerator):
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     assert policy.banned_ids == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
@@ -1841,7 +1881,9 @@ def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypat
     cfg = pebr.replace(
         cfg, max_prompt_length=1000, max_new_tokens=500, generate_batch_size=0, rollout_batch_size=8, kl_coef=0.0
     )
-    # float32: keys and values of 2 layers x 2 heads x 16 dims x 4 bytes, 1500 tokens
+    # float32: keys and values of 2 layers x 2 heads x 16 dims x 4 bytes, a third of the prompt that 3 responses share
+    assert pebr.kv_bytes(policy, cfg) == 2 * 2 * 2 * 16 * 4 * (333 + 500)
+    policy.fast = False
     assert pebr.kv_bytes(policy, cfg) == 2 * 2 * 2 * 16 * 4 * 1500
     weights = sum(p.numel() for p in policy.parameters())
     plan = pebr.memory_plan(policy, cfg, accelerator)
@@ -1951,7 +1993,99 @@ def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, to
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables of the README: python test_pebr.py hacks | graders
+# Measurements for the README, by hand: python test_pebr.py NAME
+
+
+def peer_world(folder, image_side, rows=8):
+    """A 4 M parameter Qwen2.5-VL, questions of 70 tokens around a picture, and TRL's reward-free view of the same files."""
+    from transformers import AutoProcessor, GenerationConfig
+
+    words = [f"w{i}" for i in range(2000)]
+    data.build_toy_model(
+        Path(folder, "model"), 0, data.ToyConfig(hidden=256, vision_layers=4), ["user", "assistant", *words]
+    )
+    processor = AutoProcessor.from_pretrained(Path(folder, "model"))
+    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
+    processor.save_pretrained(Path(folder, "model"))
+    end = processor.tokenizer.eos_token_id  # a single one, because TRL knows no more
+    GenerationConfig(eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id).save_pretrained(Path(folder, "model"))
+    rng, rl = random.Random(0), []
+    for i in range(rows):
+        picture(Path(folder, f"{i}.png"), (image_side, image_side), tuple(rng.choices(range(256), k=3)))
+        problem = " ".join(rng.choices(words, k=59))
+        rl.append({"qid": str(i), "problem": problem, "answer": "7", "images": [f"{i}.png"]})
+    Path(folder, "rl.json").write_text(json.dumps(rl))
+    Path(folder, "prompt.txt").write_text("{question}")
+
+
+def train_with_trl(folder, steps, max_new_tokens):
+    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Prints its peak memory in MiB."""
+    from datasets import Dataset
+    from transformers import AutoProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = [{"prompt": [{"role": "user", "content": row["problem"]}], "image": Image.open(Path(folder, row["images"][0]))}
+            for row in json.loads(Path(folder, "rl.json").read_text())]  # fmt: skip
+    settings = GRPOConfig(
+        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=int(steps), save_strategy="no", report_to=[], disable_tqdm=True,
+        logging_steps=1000, learning_rate=1e-6, per_device_train_batch_size=8, gradient_accumulation_steps=4, num_generations=8, temperature=1.2,
+        top_p=0.99, top_k=0, beta=0.01, max_completion_length=int(max_new_tokens), gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    GRPOTrainer(
+        model=f"{folder}/model", reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids], args=settings,
+        train_dataset=Dataset.from_list(rows * int(steps)), processing_class=AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left"),
+    ).train()  # fmt: skip
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def train_with_pebr(folder, steps, max_new_tokens):
+    """Ours, the reasoning stage from the command line. Prints its peak memory in MiB."""
+    pebr.main(["--stage", "reasoning", "--run_dir", f"{folder}/run{steps}", "--model", f"{folder}/model", "--from_model", f"{folder}/model",
+               "--train_data", f"{folder}/rl.json", "--from_data", f"{folder}/rl.json", "--prompt_file", f"{folder}/prompt.txt", "--max_steps", steps,
+               "--threads", "1", "--mixed_precision", "no", "--no-gradient_checkpointing", "--rollout_batch_size", "4", "--update_batch_size", "4",
+               "--micro_batch_size", "8", "--max_new_tokens", max_new_tokens, "--max_pixels", "2000000", "--checkpoint_every", "0", "--overwrite"])  # fmt: skip
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def bench_trl(steps="4"):
+    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses, one thread.
+
+    CPU seconds a step: those of a process that trains 1 + steps steps, less those of one that trains 1, divided by steps.
+    """
+
+    def measure(name, *arguments):
+        command = [sys.executable, "-W", "ignore", __file__, name, *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        out, err = process.stdout.read(), process.stderr.read()
+        used = os.wait4(process.pid, 0)[2]
+        assert "PEAK" in out, out + err
+        return used.ru_utime + used.ru_stime, int(out.split("PEAK")[1])
+
+    imports = {name: measure("imports", name)[1] for name in ("train_with_trl", "train_with_pebr")}
+    print(f"imports alone: TRL {imports['train_with_trl']} MiB, pebr.py {imports['train_with_pebr']} MiB")
+    print(
+        "| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, peak MiB | pebr.py, peak MiB | ratio | less imports |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for side, max_new_tokens in ((392, 64), (784, 256), (392, 256), (196, 448)):
+        with tempfile.TemporaryDirectory() as folder:
+            peer_world(folder, side)
+            cpu, peak = {}, {}
+            for name in imports:
+                once, more = (measure(name, folder, n, max_new_tokens) for n in (1, 1 + int(steps)))
+                cpu[name], peak[name] = (more[0] - once[0]) / int(steps), more[1]
+        theirs, ours = imports
+        own = (peak[ours] - imports[ours]) / (peak[theirs] - imports[theirs])
+        print(f"| {(side // 28) ** 2 + 70} : {max_new_tokens} | {cpu[theirs]:.2f} | {cpu[ours]:.2f} | {cpu[theirs] / cpu[ours]:.1f}x | "
+              f"{peak[theirs]} | {peak[ours]} | {peak[ours] / peak[theirs]:.2f} | {own:.2f} |", flush=True)  # fmt: skip
+
+
+def imports(name):
+    """What a side needs before it has a model."""
+    if name == "train_with_trl":
+        from trl import GRPOTrainer  # noqa: F401
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def print_hacks():
@@ -2032,6 +2166,8 @@ def print_graders():
             print("mathruler's verdicts on the answers of HACKS are not those of authors_rewards")
 
 
+COMMANDS = {"hacks": print_hacks, "graders": print_graders, "trl": bench_trl, "train_with_trl": train_with_trl,
+            "train_with_pebr": train_with_pebr, "imports": imports}  # fmt: skip
+
 if __name__ == "__main__":
-    commands = {"hacks": print_hacks, "graders": print_graders}
-    commands[sys.argv[1]]()
+    COMMANDS[sys.argv[1]](*sys.argv[2:])
