@@ -192,13 +192,13 @@ COMMANDS = {name: spelling for spelling, names in {
 UNWRAP = rules(
     (r"\x0crac", r"\\frac"),  # a "\f" that became a form feed, in a benchmark's gold
     (r"\\[!()\[\]]|`|\{\}", ""), (r"\\[,;: ]|~|\\\\", " "), (r"\\([%#&{}])", r"\1"), (r"\{,\}", ","),
-    (r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|operatorname)\s*(\{((?:[^{}]++|(?1))*+)\})", r" \2 "),
-    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\binfinity\b", "∞"), (r"(?<!\p{L})pi(?!\p{L})", "π"), (r"(?<!\p{L})sqrt", "√"),
-    (r"\^\s*(?:°|\{\s*°\s*\})|\{?\bdegrees?\b\}?|度|掳|º", "°"),
+    (r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|operatorname|overline(?=\s*\{\s*\p{L}))\s*(\{((?:[^{}]++|(?1))*+)\})", r" \2 "),
+    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\binf(?:inity)?\b", "∞"), (r"(?<!\p{L})pi(?!\p{L})", "π"), (r"(?<!\p{L})sqrt", "√"),
+    (r"\^\s*(?:[°o](?!\w)|\{\s*[°o]\s*\})|\{?\bdeg(?:rees?)?\b\}?|度|掳|º", "°"),
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),  # 1.2 x 10^3
-    (r"(?<![\w)*])(\*{1,2})(?=\S)([^*]+)(?<=\S)\1(?![\w(*])", r"\2"),  # *5*, **5**
+    (r"(?<![\w)*])(\*{1,2}|__)(?=\S)([^*]+)(?<=\S)\1(?![\w(*])", r"\2"), (r"</?(?:\p{L}{2,9}|[bi])>", ""),  # *5*, **5**, <b>5</b>
     (r"(\d[^()]*?)\s*\((?=[^()]*\p{L}{3})(?=[^()]*\s)(?![^()]*\b(?:or|not)\b)[^()]*\)$", r"\1"),  # 5 (since 2 + 3 = 5)
-    (r"^\s+|\s+$|(?<=.)[\s.,;:]+$|^[#>]+\s+", ""), (r"^([\"'])(.*)\1$", r"\2"),
+    (r"^\s+|\s+$|(?<=.)[\s.,;:]+$|^[#>]+\s+|^=\s*(?=\S)", ""), (r"^([\"'])(.*)\1$", r"\2"),
     (r"^(?:so|thus|hence|therefore)\b,?\s+(?=\S)|^(?:approximately|approx\.?|about|around|roughly|≈)(?=\W*\d)", ""),
     (r"^(?:(?:the\s+)?(?:(?:final|correct|right)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?|答案|选项?)\s*[:为是]*\s*(?=\S)", ""),
 )
@@ -501,18 +501,23 @@ def proportional(answer: tuple, gold: tuple, points: list[dict]) -> bool:
 
 # Options, labels, yes and no, texts
 
-YES = {"yes": True, "true": True, "是": True, "是的": True, "no": False, "false": False, "否": False, "不是": False}
+YES = dict.fromkeys(("yes", "true", "是", "是的", "对", "正确"), True) | dict.fromkeys(
+    ("no", "false", "否", "不是", "错", "错误"), False
+)
 SAID = regex.compile(  # yes or no, then nothing or a remark that is not the other one
     rf"({'|'.join(YES)})(?!\p{{L}})(?!\W*(?:or|and)?\W*(?:{'|'.join(YES)})\b)(?:\s*[,.;:(!-].*|\s+(?:it|they|there|this|that|because|since)\b.*)?",
     regex.IGNORECASE | regex.DOTALL,
 )
-LETTER = regex.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=$|\s*[.:)]|\s+[-–(]))[\s.:)]*(.*)", regex.DOTALL)
+LETTER = regex.compile(
+    r"(?:\(([A-Za-z])\)|([A-Za-z])(?=$|\s*[.:)]|\s+[-–(]|(?<=[A-Z])\s+(?:is|because|since)\b))[\s.:)]*(.*)", regex.DOTALL
+)
 OTHER_LETTER = regex.compile(r"\(?[A-Z]\)?$|.*(?:\bor\b|\band\b|[,/&])\W*[A-Z](?!\p{L})", regex.DOTALL)
 LABEL = regex.compile(
-    r"((?:\\triangle|[∠△])?\s*(?:\p{Lu}{1,4}|\p{L}(?:_\w|_\{\w+\}|')?(?:\(\w\))?|\p{L}{3,}[ \p{L}]{0,50})|\(\w,\s*\w\))"
+    r"((?:\\triangle|m?∠|△)?\s*(?:\p{Lu}{1,4}|\p{L}(?:_\w|_\{\w+\}|')?(?:\(\w\))?|\p{L}{3,}[ \p{L}]{0,50})|\(\w,\s*\w\))"
     r"\s*(?:[=:∈]|\bis\b|\bare\b|\bequals\b)\s*(\S.*)",
     regex.DOTALL,
 )
+TIME = regex.compile(r"((?:[01]?\d|2[0-3]):[0-5]\d)(?:\s*([ap])\.?m\.?)?", regex.IGNORECASE)
 MATH_SIGN = regex.compile(r"[=^+*<>≤≥≠|/\\√π%°_]|[-(]\s*\d|\d\s*-")
 
 
@@ -550,7 +555,7 @@ def plain(text: str) -> str:
 
 def label(text: str) -> tuple[str, str]:
     """("x", "5") of "x = 5"; ("", text) without a label"""
-    match = LABEL.fullmatch(text)
+    match = LABEL.fullmatch(regex.sub(r"^([^=]*\d[^=]*)=\s*(\p{L})$", r"\2=\1", text))  # 5 = x
     negated = match and regex.search(r"\b(?:no|not|never|none)\b", match[1].casefold())
     return (plain(match[1]).removeprefix("the"), match[2]) if match and not negated else ("", text)
 
@@ -582,8 +587,9 @@ def same(answer: str, gold: str, depth: int = 0) -> bool:
         if not (answer_label and gold_label) or answer_label == gold_label or initials:  # V and Volume
             if same(answer_body, gold_body, depth + 1):
                 return True
-    if regex.fullmatch(r"(?:[01]?\d|2[0-3]):[0-5]\d", gold):  # a time
-        return regex.sub(r"\s*[ap]\.?m\.?$", "", answer.casefold()) == gold
+    if time := TIME.fullmatch(gold):
+        said = TIME.fullmatch(answer)
+        return bool(said) and said[1] == time[1] and len({half.casefold() for half in (said[2], time[2]) if half}) < 2
     if regex.fullmatch(r"[^:]*\d\s*(?::|\bto\b)\s*\d[^:]*", gold):  # a ratio
         answer, gold = [regex.sub(r"\s*(?::|\bto\b)\s*", "/", text) for text in (answer, gold)]
     try:
