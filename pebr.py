@@ -16,8 +16,9 @@ file reads in running order: config, policy, rollout, log-probs, advantages and 
 share, warm-up, sampling, GRPO, evaluation, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
 Where this departs from the paper's released code, and why:
- [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed. Theirs searches the
-     whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
+ [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed, 3 or three alike.
+     Theirs searches the whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4
+     counts as perception. --keyword_precision makes naming everything not pay.
  [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
      perception RL, and counted. A negative cosine earns 0, not less.
  [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
@@ -1444,7 +1445,9 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
     plan = {
         "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
-        "their bf16 copy": 2 * weights if cfg.mixed_precision == "bf16" else 0,  # autocast's, made once per rollout or update
+        "their bf16 copy": 2 * weights
+        if cfg.mixed_precision == "bf16"
+        else 0,  # autocast's, made once per rollout or update
         "reference model": bytes_ * weights if cfg.kl_coef else 0,
         "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
         "activations of an update": kept,

@@ -158,10 +158,10 @@ def keyword_reward(description: str, key_words: list[str], vocabulary: frozenset
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy: does an answer say what the gold answer says?
 #
-#     unwrap -> option | sequence | number | ratio | relation | text
+#     unwrap, then as what the gold is: option letter | yes or no | sequence | number with unit, ratio | relation | text
 #
-# `same`, at the end, tries these in turn. An answer is untrusted text: nothing is evaluated but a tree of whitelisted
-# operations, with caps on its size, its depth and its numbers, and no pattern takes exponential time.
+# `same`, at the end, is that list. An answer is untrusted text: nothing is evaluated but a tree of whitelisted operations,
+# with caps on its size, its depth and its numbers, and no pattern takes exponential time.
 
 MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_EXPONENT, MAX_VALUE = 400, 30, 4000, 400, 10**300
 BALANCED = r"(?P<group>[(\[{](?:[^()\[\]{}]++|(?&group))*+[)\]}])"
