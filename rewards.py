@@ -328,7 +328,9 @@ UNITS = {name: names.split()[0] for names in (
     "|s sec second 秒|min minute 分钟|h hr hour 小时|day 天|year yr 年|¤ dollar usd 美元|€ euro eur|¥ yuan rmb 元|/ per|* *"
 ).split("|") for name in names.split()} | {"/": "/"}
 # fmt: on
-NO_UNIT = set("or and not to of but if is than".split())
+NO_UNIT = set(
+    "or and not to of but if is are was than the there that this then so with by for at on out left right more less maybe".split()
+)
 WITH_UNIT = regex.compile(r"(.*[\d)}π])(\s*)[{(]?((?:°|(?!π)\p{L})[\p{L} ./*°]{0,40})[})]?\s*(?:\^?\s*\{?([23])\}?)?")
 
 
