@@ -34,7 +34,7 @@ import sys
 
 from PIL import Image, ImageDraw, ImageOps
 
-from rewards import BENCHMARKS, parse_response
+from rewards import BENCHMARKS, option_index, parse_response
 
 IMAGE_MARK = "<image>"
 MIN_IMAGE_SIDE = 28  # pixels; the paper drops warm-up rows with smaller pictures
@@ -135,6 +135,12 @@ def rl_row(where: str, raw: dict, root: str) -> Row:
         row.key_words = text_list(raw, "key_words")
     if raw.get("choices"):
         row.choices = text_list(raw, "choices")
+        index = option_index(row.answer, row.choices, gold=True)
+        if index is None or index >= 26:
+            raise DataError(
+                f"answer {row.answer!r} is none of the choices {row.choices}: neither letter, text nor 0-based index"
+            )
+        row.answer = chr(ord("A") + index)  # resolved once; `raw` keeps what the file says
     return row
 
 

@@ -16,8 +16,9 @@ file reads in running order: config, policy, rollout, log-probs, advantages and 
 share, warm-up, sampling, GRPO, evaluation, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
 Where this departs from the paper's released code, and why:
- [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed. Theirs searches the
-     whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4 counts as perception.
+ [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed, 3 or three alike.
+     Theirs searches the whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4
+     counts as perception. --keyword_precision makes naming everything not pay.
  [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
      perception RL, and counted. A negative cosine earns 0, not less.
  [3] CLIP sees each picture once and all descriptions of a batch together, without padding. Theirs makes one call per response.
@@ -89,7 +90,16 @@ from data import (
     filter_warmup_rows,
 )
 from data import load_image, load_rows, write_tsv_predictions
-from rewards import BENCHMARKS, STAGE_REWARDS, ClipScorer, calibrate, parse_response, score_parts, score_predictions
+from rewards import (
+    BENCHMARKS,
+    STAGE_REWARDS,
+    ClipScorer,
+    calibrate,
+    keyword_set,
+    parse_response,
+    score_parts,
+    score_predictions,
+)
 from rewards import total_reward
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,6 +176,7 @@ class Config:
     clip_device: str = option("", "cpu keeps CLIP off the GPU (default: beside the policy)", REWARD)
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
+    keyword_precision: bool = option(False, "perception: the keyword reward is an F-score, so naming everything does not pay", REWARD)
 
     eval_samples: int = option(1, "sampled responses per question, beside the greedy one; 0 = greedy only", EVAL)
     eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
@@ -209,7 +220,7 @@ GRPO_ONLY = " ".join(
 SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
     "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
     "sample": SAMPLING,
-    "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi",
+    "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi keyword_precision",
     "reasoning": SAMPLING + TRAINING + GRPO_ONLY,
     "dryrun": "",
     "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature benchmark",
@@ -640,10 +651,10 @@ def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
         raise ConfigError(f"--clip_model {cfg.clip_model}: {error}") from None
 
 
-def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None) -> None:
-    """Fill in the reward parts (rewards.py)."""
+def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None, vocabulary: frozenset = frozenset()) -> None:
+    """Fill in the reward parts (rewards.py). vocabulary: the stage's keywords, with --keyword_precision"""
     parts = score_parts([r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts], [r.text for r in rollouts],
-                        [len(r.tokens) for r in rollouts], clip)  # fmt: skip
+                        [len(r.tokens) for r in rollouts], clip, vocabulary)  # fmt: skip
     for rollout, part in zip(rollouts, parts):
         rollout.parts = part
 
@@ -1255,7 +1266,9 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 # GRPO: perception RL and reasoning RL are this loop with another reward and other questions
 
 
-def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, clip, reward_weights: dict, accelerator):
+def collect_rollouts(
+    policy, rows: list[Row], spare: list[Row], cfg: Config, clip, reward_weights: dict, accelerator, vocabulary=frozenset()
+):
     """Rollouts, rewards and advantages for this process's questions; `spare` questions replace groups without spread.
 
     Returns (rollouts, whole groups in order; seconds).
@@ -1269,7 +1282,7 @@ def collect_rollouts(policy, rows: list[Row], spare: list[Row], cfg: Config, cli
         )
         seconds["rollout"] += time.perf_counter() - clock
         clock = time.perf_counter()
-        score_rollouts(rollouts, clip)
+        score_rollouts(rollouts, clip, vocabulary)
         seconds["reward"] += time.perf_counter() - clock
         for rollout in rollouts:
             rollout.reward = total_reward(rollout.parts, reward_weights)
@@ -1429,6 +1442,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = load_reference(model_path, cfg, accelerator)
     clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
+    vocabulary = keyword_set([word for row in rows if cfg.keyword_precision for word in row.key_words])
     if clip and accelerator.is_main_process and not (folder / "clip_calibration.json").is_file():
         report_calibration(clip, rows, cfg, folder)
     accelerator.wait_for_everyone()
@@ -1442,7 +1456,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     for step in range(start + 1, total + 1):
         seed_step(cfg, cfg.stage, step, accelerator.process_index)
         batch, spare = step_questions(rows, step, cfg, accelerator)
-        rollouts, seconds = collect_rollouts(policy, batch, spare, cfg, clip, reward_weights, accelerator)
+        rollouts, seconds = collect_rollouts(policy, batch, spare, cfg, clip, reward_weights, accelerator, vocabulary)
         metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
         clock = time.perf_counter()
         metrics["learning_rate"] = set_learning_rate(optimizer, cfg, step - 1, total)
