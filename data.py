@@ -14,13 +14,14 @@ the data file's folder) and must stay inside it. A row may list "choices" (["3",
 
 Benchmarks come as VLMEvalKit's TSV or as their own JSON: see question_row.
 
-Data files are untrusted: nothing here evaluates or unpickles them.
+Data files and pictures are untrusted: nothing here evaluates or unpickles them, and every complaint is a DataError.
 """
 
 import ast
 import base64
 import csv
 from dataclasses import dataclass, field
+import functools
 import io
 import itertools
 import json
@@ -42,6 +43,8 @@ RETHINK = "let me rethink it"  # the paper drops warm-up rows that say so, in an
 INLINE = "data:;base64,"  # begins a picture that stands in the data file: its base64 text follows, decoded when it is opened
 LINK_LENGTH = 64  # characters; a shorter image cell of a TSV is the index of the row that holds the picture (VLMEvalKit)
 LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # not EPS, for which Pillow runs a program
+MAX_PICTURE = 2**26  # pixels, 8192 x 8192; more is refused before it is decoded
 
 # The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it.
 INSTRUCTION = """{question}
@@ -82,19 +85,41 @@ class Row:
     raw: dict = field(default_factory=dict)
 
 
+def unique_keys(pairs: list[tuple]) -> dict:
+    """A JSON object in which no key comes twice: json.loads would keep the last value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key comes twice in {str(pairs)[:100]}")
+    return found
+
+
 def read_json_rows(path: str) -> list[dict]:
     """Rows of a JSON list, of JSON lines, or of one object {pid: row} (MathVista). Raises DataError if the file is none."""
+    read, line = functools.partial(json.loads, object_pairs_hook=unique_keys), ""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         try:
-            rows = json.loads(text)
-        except json.JSONDecodeError:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # a text may hold other line ends
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: neither a JSON list nor one JSON object a line ({error})") from None
+            rows = read(text) if text.strip() else []
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":
+                raise
+            rows = []
+            for number, line_text in enumerate(text.split("\n"), 1):  # a text may hold other line ends
+                line = f"line {number}: "
+                rows += [read(line_text)] if line_text.strip() else []
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        raise DataError(f"{path}: neither a JSON list nor one JSON object a line, in UTF-8 ({line}{error})") from None
     if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
         rows = [{"pid": pid, **row} for pid, row in rows.items()]
     return rows if isinstance(rows, list) else [rows]
+
+
+def check_values(raw: dict) -> None:
+    """Raises DataError for values that Python reads from JSON but that no output file can hold."""
+    try:
+        json.dumps(raw, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise DataError("it holds NaN, an infinite number, half of a surrogate pair or a thousand nested lists") from None
 
 
 def text_field(raw: dict, name: str) -> str:
@@ -114,14 +139,15 @@ def text_list(raw: dict, name: str) -> list[str]:
 
 
 def image_paths(raw: dict, root: str) -> list[str]:
-    """Absolute paths of a row's pictures. Raises DataError for a missing file or one outside `root`, links resolved."""
+    """Absolute paths of a row's pictures. Raises DataError for one outside `root`, links resolved, or that is no regular file:
+    a pipe or a device would never end."""
     root, paths = os.path.realpath(root), []
     for name in text_list(raw, "images") if raw.get("images") is not None else []:
-        path = os.path.realpath(os.path.join(root, name))
+        path = os.path.realpath(os.path.join(root, name.replace("\0", "?")))  # no file's name has a zero byte
         if os.path.commonpath([root, path]) != root:
-            raise DataError(f"picture {name} lies outside the image root {root}")
+            raise DataError(f"picture {name[:200]} lies outside the image root {root}")
         if not os.path.isfile(path):
-            raise DataError(f"picture {name} is not in {root} (--image_root)")
+            raise DataError(f"picture {name[:200]} is not in {root} (--image_root), or is no regular file")
         paths.append(path)
     return paths
 
@@ -153,7 +179,8 @@ def sft_row(where: str, raw: dict, root: str) -> Row:
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise DataError(f"messages must be (system,) user, assistant, here they are {roles}")
     *system, user, response = [text_field(m, "content") for m in messages]
-    row = Row(where, str(raw.get("qid", where)), user, parse_response(response).answer, image_paths(raw, root), raw=raw)
+    qid = where if raw.get("qid") is None else text_field(raw, "qid")
+    row = Row(where, qid, user, parse_response(response).answer, image_paths(raw, root), raw=raw)
     row.system, row.response = "".join(system), response
     return row
 
@@ -161,9 +188,10 @@ def sft_row(where: str, raw: dict, root: str) -> Row:
 def default_image_root(path: str) -> str:
     """The data file's folder; for a file that difficulty sampling wrote, that of the file it was split from."""
     folder = os.path.dirname(os.path.abspath(path))
-    summary = Path(folder, "summary.json")
-    root = json.loads(summary.read_text()).get("image_root", "") if summary.is_file() else ""
-    return os.path.join(folder, root)
+    try:
+        return os.path.join(folder, json.loads(Path(folder, "summary.json").read_bytes())["image_root"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):  # there is none, or it is somebody else's
+        return folder
 
 
 def load_rows(
@@ -175,8 +203,11 @@ def load_rows(
     rewards.BENCHMARKS; "" tells it from the file's name and columns.
     """
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file")
-    raws, pictures = read_tsv_rows(path) if path.lower().endswith(".tsv") else (read_json_rows(path), None)
+        raise DataError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
+    try:
+        raws, pictures = read_tsv_rows(path) if path.lower().endswith(".tsv") else (read_json_rows(path), None)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not raws:
         raise DataError(
             f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
@@ -194,10 +225,14 @@ def load_rows(
         try:
             if not isinstance(raw, dict):
                 raise DataError("a row must be a JSON object")
+            check_values(raw)
             if lacking := set(BENCHMARKS[benchmark].needs.split()) - raw.keys():
                 raise DataError(
                     f"no {', '.join(sorted(lacking))}, which the rule of {benchmark} reads (--benchmark generic)"
                 )
+            for name in BENCHMARKS[benchmark].needs.split():
+                if isinstance(raw[name], (list, dict)):
+                    raise DataError(f'field "{name}" must be a text or a number')
             if "conversations" in raw:
                 raise DataError(
                     'no "messages": a warm-up row is {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}'
@@ -247,12 +282,14 @@ def read_tsv_rows(path: str) -> tuple[list[dict], dict[str, list | str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t")
-            rows, columns = list(reader), set(reader.fieldnames or [])
+            header, rows = reader.fieldnames or [], list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no tab-separated table ({error})") from None
     for names in ({"index"}, {"question"}, {"answer"}, {"image", "image_path"}):
-        if rows and not names & columns:
-            raise DataError(f"{path}: no {' or '.join(sorted(names))} column; its columns are {', '.join(sorted(columns))}")
+        if rows and not names & set(header):
+            raise DataError(f"{path}: no {' or '.join(sorted(names))} column; its columns are {', '.join(sorted(header))}")
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: a column comes twice; its columns are {', '.join(sorted(header))}")
     pictures = {}
     for row in rows:
         cell = row.pop("image", "") or ""
@@ -267,11 +304,12 @@ def literal_list(text: str, name: str) -> list[str]:
     """The items of a list literal such as "['3', 4]" as texts. Reads literals, evaluates nothing."""
     try:
         value = ast.literal_eval(text) if len(text) <= LITERAL_LENGTH else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = None
-    if not isinstance(value, (list, tuple)):
+        items = [str(item) for item in value] if isinstance(value, (list, tuple)) else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        items = None
+    if items is None:
         raise DataError(f'field "{name}" is no list like ["a", "b"] of at most {LITERAL_LENGTH} characters: {text[:60]}')
-    return [str(item) for item in value]
+    return items
 
 
 def listed(value, name: str) -> list[str]:
@@ -368,7 +406,8 @@ def question_row(where: str, raw: dict, root: str, gold: str, pictures: dict | N
         question = f"Hint: {raw['hint']}\n{question}"
     if isinstance(raw.get("option"), str):  # WeMath's own file
         question += f"\nOptions: {raw['option']}"
-    answer = raw.get(first("answer_option", "answer", "label"), "")
+    answer = raw.get(first("answer_option", "answer", "label"))
+    answer = "" if answer is None else answer
     row.answer, *row.alternatives = listed(answer, "answer") if gold == "any" else [str(answer)]
     row.choices, shown = row_choices(raw), shown_choices(question)
     if row.choices and row.choices[1:] == ["Other Answers"]:  # an open question of MMMU as VLMEvalKit rewrites it
@@ -408,18 +447,35 @@ def row_categories(row: Row) -> dict[str, list[str]]:
 # Pictures and prompts
 
 
-def load_image(path: str, min_pixels: int, max_pixels: int) -> Image.Image:
-    """Open a picture once: EXIF-turned, RGB, resized (aspect kept) so that its area lies within the pixel limits.
+def open_picture(path: str) -> Image.Image:
+    """A picture as people see it: RGB, EXIF-turned, transparent parts white, of an animation the first frame.
 
-    path: of a file, or an INLINE picture. Raises DataError if it is not a readable picture.
+    path: of a file, or an INLINE picture. Raises DataError if it is not a readable picture, or a too large one.
     """
+    inline = path.startswith(INLINE)
+    name = f"{path[len(INLINE) :][:20]}... (base64)" if inline else path
     try:
-        inline = path.startswith(INLINE)
-        with Image.open(io.BytesIO(base64.b64decode(path.removeprefix(INLINE))) if inline else path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = f"{path[len(INLINE) :][:20]}... (base64)" if inline else path
-        raise DataError(f"picture {name} is not readable ({error})") from None
+        file = io.BytesIO(base64.b64decode(path.removeprefix(INLINE))) if inline else path
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PICTURE:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, the limit is {MAX_PICTURE}")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode} has no agreed white: save it with 8 or 16 bits a channel")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                image = image.convert("I").point(lambda value: value * (1 / 257))  # 65,535 becomes 255; Pillow would clip
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise DataError(f"picture {name} is too large ({error}): reduce it first") from None
+    except Exception as error:  # over broken bytes Pillow's decoders raise whatever goes wrong in them
+        raise DataError(f"picture {name} is not readable ({error or type(error).__name__})") from None
+
+
+def load_image(path: str, min_pixels: int, max_pixels: int) -> Image.Image:
+    """Open a picture once (see open_picture), resized (aspect kept) so that its area lies within the pixel limits."""
+    image = open_picture(path)
     area = image.width * image.height
     scale = math.sqrt(min(max(area, min_pixels), max_pixels) / area)
     if scale != 1:

@@ -60,6 +60,7 @@ from PIL import Image
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object
+from jinja2 import TemplateError
 import psutil
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from data import (
+    IMAGE_MARK,
     INSTRUCTION,
     DataError,
     Row,
@@ -286,10 +288,14 @@ def check_config(cfg: Config, num_processes: int) -> None:
         )
     for f in fields(Config):
         if f.type in (int, float):
-            need(getattr(cfg, f.name) >= 0, f"--{f.name} {getattr(cfg, f.name)}: must not be negative")
+            need(0 <= getattr(cfg, f.name) < math.inf, f"--{f.name} {getattr(cfg, f.name)}: must be a number, not negative")
     for name in ("epochs", "max_new_tokens", "micro_batch_size", "min_pixels", "temperature", "sft_batch_size",
                  "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):  # what accelerate's launcher and its saved config say
+        need(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "false",
+             f"accelerate is set to use {name}, which is not supported: launch with --multi_gpu, or run `accelerate config` anew")  # fmt: skip
+    need(not os.path.isfile(cfg.run_dir), f"--run_dir {cfg.run_dir}: is a file")
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
     need(
         not cfg.log_with or cfg.log_with in trackers,
@@ -380,23 +386,65 @@ class Policy(torch.nn.Module):
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
 
 
+def told(error: Exception) -> str:
+    """A library's error in one line of bearable length, with its type where the message alone says too little."""
+    text = str(error) if " " in str(error) else repr(error)
+    return " ".join(text.split())[:600]
+
+
+def folder_advice(path: str, error: Exception) -> str:
+    """What to do about a model folder that cannot be loaded."""
+    pickles = [file.name for file in sorted(Path(path).glob("*")) if file.suffix in (".bin", ".pt", ".pth")]
+    if pickles and not any(Path(path).glob("*.safetensors")):
+        return f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
+    if "trust_remote_code" in str(error):
+        return "the code in it runs with --trust_remote_code only"
+    return "it must be a vision-language model's whole folder: config, safetensors, tokenizer, processor, chat template"
+
+
+def check_policy(path: str, model, processor, broken: list[str]) -> None:
+    """Raises ConfigError for a folder that loads, but not to the model that was meant. broken: tensors that did not fit."""
+    broken += [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    rows, words = model.get_input_embeddings().num_embeddings, len(processor.tokenizer)
+    if broken:
+        raise ConfigError(f"{path}: {len(broken)} tensors are missing, of another shape or not finite, first {broken[0]}: "
+                          "its weights belong to another config.json, or are incomplete")  # fmt: skip
+    if words > rows:
+        raise ConfigError(f"{path}: its tokenizer has {words} tokens, the model only {rows}: it belongs to another model")
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
+    row = Row("", "", "q", "", ["a picture"])
+    try:
+        ids = processor_inputs(processor, row, [Image.new("RGB", (112, 112))], "{question}")["input_ids"]
+    except Exception as error:  # templates and processors raise what they like
+        raise ConfigError(f"{path}: its processor cannot write a prompt with one picture ({told(error)}): "
+                          "chat template, tokenizer and processor must come from one model")  # fmt: skip
+    marks = [getattr(model.config, name) for name in ("image_token_id", "image_token_index") if hasattr(model.config, name)]
+    if marks and not torch.isin(ids, torch.tensor(marks)).any():
+        raise ConfigError(f"{path}: its processor marks no picture with the image token {marks[0]} of config.json: "
+                          "tokenizer and model must belong together")  # fmt: skip
+
+
 def load_policy(path: str, cfg: Config) -> Policy:
-    """Any AutoModelForImageTextToText folder or hub id, in float32.
+    """Any AutoModelForImageTextToText folder or hub id, in float32; safetensors only, and no code from the folder unless
+    --trust_remote_code. Raises ConfigError for anything else.
 
     Never bf16 weights: at lr 1e-6 a bf16 weight is too coarse to move at all; bf16 compute comes from accelerate.
     """
+    kwargs, found = dict(trust_remote_code=cfg.trust_remote_code), {}
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
-        trust, dtype = cfg.trust_remote_code, torch.float32
+        processor = AutoProcessor.from_pretrained(path, **kwargs)
         if cfg.random_init:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            config = AutoConfig.from_pretrained(path, **kwargs)
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from None
-    if not getattr(processor, "chat_template", None):
-        raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
+            kwargs |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # see check_policy
+            model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **kwargs)
+    except Exception as error:  # transformers, tokenizers and safetensors raise whatever goes wrong in them
+        message = f"cannot load a vision-language model from {path} ({told(error)}): {folder_advice(path, error)}"
+        raise ConfigError(message) from None
+    mismatched = [name for name, *_ in found.get("mismatched_keys", [])]
+    check_policy(path, model, processor, sorted(found.get("missing_keys", [])) + mismatched)
     windows = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
     fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES and not windows
     if fast:
@@ -427,25 +475,34 @@ def freeze_vision(model: torch.nn.Module) -> None:
         p.requires_grad_(False)
 
 
-def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Prompt:
-    """Open the row's pictures, render the chat template, run the processor.
-
-    Raises DataError for a picture that the processor refuses and for a prompt that is too long (RL rows; the warm-up limits
-    prompt and response together).
-    """
-    images = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
-    text = policy.processor.apply_chat_template(chat_messages(row, instruction), tokenize=False, add_generation_prompt=True)
+def processor_inputs(processor, row: Row, images: list, instruction: str) -> dict[str, torch.Tensor]:
+    """Render the chat template, run the processor: what the model's forward takes, batch dimension 1."""
+    text = processor.apply_chat_template(chat_messages(row, instruction), tokenize=False, add_generation_prompt=True)
     # The template has written the special tokens already; the tokenizer must not add a second set.
+    return dict(processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False))
+
+
+def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Prompt:
+    """Open the row's pictures, make the processor's inputs.
+
+    Raises DataError for what the processor or the chat template refuses, for a text that holds the model's own mark of a
+    picture, and for a prompt that is too long (RL rows; the warm-up limits prompt and response together).
+    """
+    texts = [row.response] + [part.get("text", "") for m in chat_messages(row, instruction) for part in m["content"]]
+    for mark in filter(None, policy.processor.tokenizer.convert_ids_to_tokens(policy.banned_ids)):
+        if any(mark in text for text in texts):
+            raise DataError(f"its text holds {mark}, which the model takes for a picture: only {IMAGE_MARK} marks one")
+    images = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
     try:
-        inputs = policy.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
-    except ValueError as error:
+        inputs = processor_inputs(policy.processor, row, images, instruction)
+    except (ValueError, TemplateError) as error:
         raise DataError(f"the processor refuses it ({error})") from None
     length = inputs["input_ids"].shape[1]
     if not row.response and length > cfg.max_prompt_length:
         raise DataError(
             f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels"
         )
-    return Prompt(row, images, dict(inputs))
+    return Prompt(row, images, inputs)
 
 
 def encode_response(policy: Policy, text: str) -> torch.Tensor:
@@ -646,9 +703,12 @@ def sample_tokens(
 def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
     try:
         with accelerator.local_main_process_first():  # it downloads and converts, the others find that done
-            return ClipScorer(cfg.clip_model, cfg.clip_device or accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ConfigError(f"--clip_model {cfg.clip_model}: {error}") from None
+            clip = ClipScorer(cfg.clip_model, cfg.clip_device or accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
+        if not math.isfinite(clip.cosines([[Image.new("RGB", (112, 112))]], ["a picture"])[0]):
+            raise ValueError("its embeddings are not finite: its weights are broken")
+    except Exception as error:  # open_clip raises whatever goes wrong in it
+        raise ConfigError(f"--clip_model {cfg.clip_model}: {told(error)}") from None
+    return clip
 
 
 def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None, vocabulary: frozenset = frozenset()) -> None:
@@ -1014,7 +1074,10 @@ def seed_step(cfg: Config, stage: str, step: int, process: int) -> None:
 def read_instruction(cfg: Config) -> str:
     if not cfg.prompt_file:
         return INSTRUCTION
-    text = Path(cfg.prompt_file).read_text() if os.path.isfile(cfg.prompt_file) else ""
+    try:
+        text = Path(cfg.prompt_file).read_text("utf-8-sig") if os.path.isfile(cfg.prompt_file) else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt_file {cfg.prompt_file}: no text in UTF-8 ({error})") from None
     if "{question}" not in text:
         raise ConfigError(f"--prompt_file {cfg.prompt_file}: no such file, or it lacks the mark {{question}}")
     return text

@@ -1083,7 +1083,7 @@ def group_mean(items: list, key: Callable, score: Callable = all) -> float:
     """Mean over groups of rows with one key of `score` of their verdicts; all: the group counts if it is right as a whole."""
     groups = {}
     for row, _, right in items:
-        groups.setdefault(key(row), []).append(right)
+        groups.setdefault(str(key(row)), []).append(right)
     return share([score(group) for group in groups.values()])
 
 
@@ -1106,7 +1106,7 @@ def wemath_scores(items: list) -> dict[str, float | None]:
     although a step (loose: every step) is wrong is learned by heart and earns 0; one that is wrong with all steps right, 1/2."""
     problems = {}
     for row, _, right in items:
-        steps, _, part = row.raw["key"].partition("_")
+        steps, _, part = str(row.raw["key"]).partition("_")
         problems.setdefault((row.raw["ID"], steps), {})[part] = right
     pairs = [
         (parts.pop("multi"), list(parts.values())) for parts in problems.values() if "multi" in parts and len(parts) > 1
