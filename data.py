@@ -43,7 +43,17 @@ RETHINK = "let me rethink it"  # the paper drops warm-up rows that say so, in an
 INLINE = "data:;base64,"  # begins a picture that stands in the data file: its base64 text follows, decoded when it is opened
 LINK_LENGTH = 64  # characters; a shorter image cell of a TSV is the index of the row that holds the picture (VLMEvalKit)
 LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # not EPS, for which Pillow runs a program
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+)  # not EPS, for which Pillow runs a program
 MAX_PICTURE = 2**26  # pixels, 8192 x 8192; more is refused before it is decoded
 
 # The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it.

@@ -396,7 +396,9 @@ def folder_advice(path: str, error: Exception) -> str:
     """What to do about a model folder that cannot be loaded."""
     pickles = [file.name for file in sorted(Path(path).glob("*")) if file.suffix in (".bin", ".pt", ".pth")]
     if pickles and not any(Path(path).glob("*.safetensors")):
-        return f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
+        return (
+            f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
+        )
     if "trust_remote_code" in str(error):
         return "the code in it runs with --trust_remote_code only"
     return "it must be a vision-language model's whole folder: config, safetensors, tokenizer, processor, chat template"

@@ -14,13 +14,17 @@ import math
 import multiprocessing
 import os
 from pathlib import Path
+import pickle
 import random
 import re
 import resource
+import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 from PIL import Image, ImageDraw
 import psutil
@@ -800,14 +804,6 @@ def test_clip_scores_a_batch_as_one_by_one_and_encodes_each_picture_once(toy):
     assert together[3] == pytest.approx(sum(apart) / 2, abs=1e-6)
 
 
-def test_clip_without_weights_is_an_error_not_a_random_model(toy, tmp_path):
-    (tmp_path / "open_clip_config.json").write_text((toy / "clip" / "open_clip_config.json").read_text())
-    with pytest.raises((RuntimeError, FileNotFoundError)):
-        rewards.ClipScorer(f"local-dir:{tmp_path}")
-    with pytest.raises(FileNotFoundError):
-        rewards.ClipScorer(f"local-dir:{tmp_path / 'nothing'}")
-
-
 # CLIP's text towers, its weights, FG-CLIP, calibration
 
 SMALL_CLIP = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
@@ -918,22 +914,66 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("suffix", ["bin", "pth"])
-def test_a_pickle_among_clip_weights_is_refused_and_does_not_run(suffix, tmp_path, cfg, accelerator):
-    name = clip_folder(tmp_path / "clip")
-    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
-    torch.save({"logit_scale": Payload(tmp_path / "ran")}, tmp_path / "clip" / f"open_clip_pytorch_model.{suffix}")
-    with pytest.raises(ConfigError, match="cannot be read as plain tensors"):
-        pebr.load_clip(pebr.replace(cfg, clip_model=name), accelerator)
-    assert not (tmp_path / "ran").exists()
+def reconfigure(name, change):
+    """Maker of a broken folder: its JSON file `name` after change(content)."""
+
+    def make(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return make
 
 
-def test_a_clip_folder_cannot_ask_for_code_of_its_own(tmp_path):
-    kwargs = {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
-    config = {**SMALL_CLIP, "text_cfg": {**SMALL_CLIP["text_cfg"], **kwargs}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    with pytest.raises(ValueError, match="trust_remote_code, which is refused"):
-        rewards.ClipScorer(f"local-dir:{tmp_path}")
+def reweigh(name, change):
+    """The same for a safetensors file."""
+
+    def make(folder):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / name)
+        change(weights)
+        save_file(weights, folder / name, {"format": "pt"})
+
+    return make
+
+
+def pickled(folder, old, new):
+    (folder / old).unlink()
+    torch.save({"logit_scale": Payload(folder / "ran")}, folder / new)
+
+
+CLIP_JSON, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+# fmt: off
+CLIP_FOLDERS = {  # how a good open_clip folder is broken, and the message
+    "no folder": (shutil.rmtree, "no open_clip_config.json in that folder"),
+    "no config": (lambda f: (f / CLIP_JSON).unlink(), "no open_clip_config.json in that folder"),
+    "config is no JSON": (lambda f: (f / CLIP_JSON).write_text("{"), "Expecting property name"),
+    "config is a list": (lambda f: (f / CLIP_JSON).write_text("[]"), "'list' object has no attribute 'get'"),
+    "config of text instead of numbers": (reconfigure(CLIP_JSON, lambda c: c["model_cfg"].update(embed_dim="a")), "must be tuple of ints"),
+    "unknown setting": (reconfigure(CLIP_JSON, lambda c: c["model_cfg"].update(zz=1)), "unexpected keyword argument 'zz'"),
+    "no vision tower": (reconfigure(CLIP_JSON, lambda c: c["model_cfg"].pop("vision_cfg")), "KeyError('vision_cfg')"),
+    "asks for code of its own": (reconfigure(CLIP_JSON, lambda c: c["model_cfg"]["text_cfg"].update(
+        hf_tokenizer_name="x", tokenizer_kwargs={"trust_remote_code": True})), "trust_remote_code, which is refused"),
+    "no weights": (lambda f: (f / CLIP_WEIGHTS).unlink(), "Required pretrained weights"),  # and no random model
+    "weights cut off": (lambda f: os.truncate(f / CLIP_WEIGHTS, 900), "cannot be read as plain tensors"),
+    "a tensor missing": (reweigh(CLIP_WEIGHTS, lambda w: w.pop("text_projection")), 'Missing key(s) in state_dict: "text_projection"'),
+    "a tensor of another shape": (reweigh(CLIP_WEIGHTS, lambda w: w.update(text_projection=torch.ones(3, 3))), "size mismatch for text_projection"),
+    "NaN among the weights": (reweigh(CLIP_WEIGHTS, lambda w: w["text_projection"].fill_(math.nan)), "its embeddings are not finite"),
+    "pickle .bin": (lambda f: pickled(f, CLIP_WEIGHTS, "open_clip_pytorch_model.bin"), "cannot be read as plain tensors"),
+    "pickle .pth": (lambda f: pickled(f, CLIP_WEIGHTS, "open_clip_pytorch_model.pth"), "cannot be read as plain tensors"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", CLIP_FOLDERS)
+def test_a_broken_clip_folder_says_why_and_runs_no_code(name, tmp_path, cfg, accelerator):
+    make, reason = CLIP_FOLDERS[name]
+    clip = clip_folder(tmp_path / "clip")
+    make(tmp_path / "clip")
+    with pytest.raises(ConfigError, match=re.escape(f"--clip_model {clip}: ") + ".*" + re.escape(reason)):
+        pebr.load_clip(pebr.replace(cfg, clip_model=clip), accelerator)
+    assert not (tmp_path / "clip" / "ran").exists()
 
 
 def test_clip_is_float32_on_a_cpu_and_bf16_beside_a_policy_on_a_gpu(toy, cfg, accelerator):
@@ -1593,64 +1633,135 @@ def test_freezing_vision_leaves_only_the_language_model_to_train(policy):
 ROW = {"qid": "1", "problem": "<image>How many?", "answer": "3", "images": ["a.png"], "key_words": ["red dot"]}
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"qid": None}, '"qid" is missing'),
-        ({"problem": " "}, '"problem" is missing'),
-        ({"answer": ["3"]}, '"answer" is missing, empty or no text'),
-        ({"images": "a.png"}, '"images" must be a list'),
-        ({"images": ["b.png"]}, "picture b.png is not in"),
-        ({"images": ["../secret.png"]}, "outside the image root"),
-        ({"images": ["/etc/hostname"]}, "outside the image root"),
-        ({"images": ["link.png"]}, "outside the image root"),
-        ({"images": ["a.png", "a.png"]}, "1 <image> marks for 2 pictures"),
-        ({"key_words": []}, '"key_words" is missing or empty'),
-        ({"key_words": [3]}, '"key_words" must be a list of texts'),
-        ({"qid": "0"}, "qid 0 is already that of rows.json row 0"),
-        ({"images": ["broken.png"]}, "is not readable"),
-        ({"images": ["line.png"]}, "the processor refuses it"),  # 1 x 300 pixels
-        (
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no sections"}]},
-            "no answer to grade against",
-        ),
-        ({"conversations": [{"from": "human", "value": "q"}]}, 'no "messages"'),
-        ({"messages": [{"role": "user", "content": "q"}]}, "messages must be (system,) user, assistant"),
-        ({"problem": "How many? " * 3000}, "--max_prompt_length is 64"),
-    ],
-)
-def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tmp_path, accelerator, change, reason, capsys):
+SAID = {"role": "user", "content": "q"}
+# fmt: off
+BROKEN_ROWS = {  # how a good row is changed, and the message
+    "qid missing": ({"qid": None}, '"qid" is missing'),
+    "qid of the wrong type": ({"qid": True}, '"qid" is missing, empty or no text'),
+    "qid twice": ({"qid": "0"}, "qid 0 is already that of rows.json row 0"),
+    "problem empty": ({"problem": " "}, '"problem" is missing'),
+    "answer a list": ({"answer": ["3"]}, '"answer" is missing, empty or no text'),
+    "answer NaN": ({"answer": math.nan}, "it holds NaN"),
+    "infinite number in a field nobody reads": ({"level": math.inf}, "an infinite number"),
+    "half a surrogate pair": ({"problem": "\ud800"}, "half of a surrogate pair"),
+    "key words empty": ({"key_words": []}, '"key_words" is missing or empty'),
+    "key words no texts": ({"key_words": [3]}, '"key_words" must be a list of texts'),
+    "a million characters": ({"problem": "How many? " * 100_000}, "--max_prompt_length is 64"),
+    "the model's own mark in a question": ({"problem": "<image>What is <|image_pad|>?"}, "its text holds <|image_pad|>"),
+    "the model's own mark in a response": ({"messages": [SAID, {**SAID, "role": "assistant", "content": "### The final answer is: <|image_pad|>"}]}, "its text holds <|image_pad|>"),
+    "conversation of another kind": ({"conversations": [{"from": "human", "value": "q"}]}, 'no "messages"'),
+    "conversation without response": ({"messages": [SAID]}, "messages must be (system,) user, assistant"),
+    "response without answer": ({"messages": [SAID, {**SAID, "role": "assistant"}]}, "no answer to grade against"),
+    "images a text": ({"images": "a.png"}, '"images" must be a list'),
+    "more pictures than marks": ({"images": ["a.png", "a.png"]}, "1 <image> marks for 2 pictures"),
+    "picture missing": ({"images": ["b.png"]}, "picture b.png is not in"),
+    "picture above the root": ({"images": ["../secret.png"]}, "outside the image root"),
+    "absolute path": ({"images": ["/etc/hostname"]}, "outside the image root"),
+    "link out of the root": ({"images": ["link.png"]}, "outside the image root"),
+    "link to itself": ({"images": ["loop.png"]}, "picture loop.png is not in"),
+    "zero byte in a path": ({"images": ["a.png\0"]}, "is not in"),
+    "path of 100,000 characters": ({"images": ["a" * 100_000]}, "is not in"),
+    "picture is a directory": ({"images": ["folder"]}, "or is no regular file"),
+    "picture is a pipe": ({"images": ["pipe.png"]}, "or is no regular file"),
+    "picture broken": ({"images": ["broken.png"]}, "is not readable"),
+    "picture of 1 x 300 pixels": ({"images": ["line.png"]}, "the processor refuses it"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", BROKEN_ROWS)
+def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tmp_path, accelerator, name, capsys):
+    change, reason = BROKEN_ROWS[name]
     root = tmp_path / "root"
-    root.mkdir()
+    (root / "folder").mkdir(parents=True)
     picture(root / "a.png")
     picture(tmp_path / "secret.png")
     Image.new("RGB", (300, 1)).save(root / "line.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    os.mkfifo(root / "pipe.png")
     (root / "broken.png").write_bytes((root / "a.png").read_bytes()[:60])
     path = root / "rows.json"
     path.write_text(json.dumps([{**ROW, "qid": "0"}, {**ROW, **change}, {**ROW, "qid": "2"}]))
+    need = ("answer",) if "messages" in change else ("answer", "key_words")
     with pytest.raises(DataError) as error:
-        pebr.checked_rows(str(path), cfg, policy, accelerator, ("answer", "key_words"))
+        pebr.checked_rows(str(path), cfg, policy, accelerator, need)
     assert "rows.json row 1: " in str(error.value) and reason in str(error.value) and "1 broken rows" in str(error.value)
-    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, ("answer", "key_words"))
+    assert len(str(error.value)) < 1000
+    kept = pebr.checked_rows(str(path), pebr.replace(cfg, skip_bad_rows=True), policy, accelerator, need)
     assert [row.qid for row in kept] == ["0", "2"]
     assert "dropped 1 broken rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("", "no rows"),
-        ("[]", "no rows"),
-        ("{oops", "neither a JSON list"),
-        ("[1, 2", "neither a JSON list"),
-        ("[" * 100_000, "neither a JSON list"),
-    ],
-)
-def test_a_file_that_is_no_data_file_says_so(tmp_path, text, reason):
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(DataError, match=reason):
-        data.load_rows(str(tmp_path / "rows.json"))
+# fmt: off
+GOOD_ROW, TSV_HEADER = json.dumps({**ROW, "images": []}).encode().replace(b"<image>", b""), b"index\timage\tquestion\tanswer\n"
+NO_JSON = "neither a JSON list nor one JSON object a line, in UTF-8 "
+FILES = {  # name of the file, its bytes or its maker; the message, or the qids that it has
+    "empty": ("rows.json", b"", "no rows"),
+    "empty list": ("rows.json", b"[]", "no rows"),
+    "no JSON": ("rows.json", b"{oops", NO_JSON + "(Expecting property name"),
+    "list cut off": ("rows.json", b"[" + GOOD_ROW + b', {"qid', NO_JSON + "(Unterminated string"),
+    "last line cut off": ("rows.jsonl", GOOD_ROW + b'\n{"qid": "2', NO_JSON + "(line 2: Unterminated string"),
+    "deeply nested": ("rows.json", b"[" * 100_000, NO_JSON + "(maximum recursion depth"),
+    "nested in a row": ("rows.json", b'[{"a": ' + b"[" * 900 + b"]" * 900 + b"}]", "rows.json row 0: "),
+    "a number of 5,000 digits": ("rows.json", b'[{"qid": ' + b"9" * 5000 + b"}]", NO_JSON + "(Exceeds the limit"),
+    "a key twice": ("rows.json", b'[{"answer": "3", "answer": "4"}]', NO_JSON + "(a key comes twice in [('answer', '3')"),
+    "UTF-16": ("rows.json", GOOD_ROW.decode().encode("utf-16"), NO_JSON + "('utf-8' codec"),
+    "a pickle": ("rows.json", pickle.dumps(Payload("ran")), NO_JSON + "('utf-8' codec"),
+    "no objects": ("rows.json", b'[1, "x", null]', "row 2: a row must be a JSON object"),
+    "missing": ("rows.json", lambda path: None, "no such file"),
+    "zero byte in its name": ("rows\0.json", lambda path: None, "no such file"),
+    "a directory": ("rows.json", os.mkdir, "not a regular file"),
+    "a pipe": ("rows.json", os.mkfifo, "not a regular file"),
+    "cannot be read": ("rows.json", lambda path: os.symlink("/proc/self/mem", path), "cannot be read (Input/output error)"),
+    "byte order mark": ("rows.json", b"\xef\xbb\xbf[" + GOOD_ROW + b"]", ["1"]),
+    "CRLF": ("rows.jsonl", GOOD_ROW + b"\r\n\r\n" + GOOD_ROW.replace(b'"1"', b'"2"') + b"\r\n", ["1", "2"]),
+    "a text of 10 MB": ("rows.json", GOOD_ROW.replace(b"How many?", b"?" * 10**7), ["1"]),
+    "somebody else's summary.json beside it": ("rows.json", lambda path: (
+        Path(path).write_bytes(GOOD_ROW), Path(path).with_name("summary.json").write_text('[{"image_root": ')), ["1"]),
+    "TSV: empty": ("rows.tsv", b"", "no rows"),
+    "TSV: header only": ("rows.tsv", TSV_HEADER, "no rows"),
+    "TSV: no picture column": ("rows.tsv", b"index\tquestion\tanswer\n1\tq\ta\n", "no image or image_path column; its columns are answer, index, question"),
+    "TSV: no index": ("rows.tsv", b"image\tquestion\tanswer\n1\tq\ta\n", "no index column"),
+    "TSV: a column twice": ("rows.tsv", TSV_HEADER[:-1] + b"\tanswer\n1\tx\tq\ta\tb\n", "a column comes twice"),
+    "TSV: no UTF-8": ("rows.tsv", b"index\xff\timage\n", "no tab-separated table"),
+    "TSV: a cell too few": ("rows.tsv", TSV_HEADER + b"1\tx\tq\n", "row 0: it has not as many cells as the header has columns"),
+    "TSV: a cell too many": ("rows.tsv", TSV_HEADER + b"1\tx\tq\ta\tb\n", "row 0: it has not as many cells as the header has columns"),
+    "TSV: CRLF and byte order mark": ("rows.tsv", b"\xef\xbb\xbf" + TSV_HEADER.replace(b"\n", b"\r\n") + b"7\t" + b"A" * 80 + b"\tq\ta\r\n", ["7"]),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_data_file_is_read_or_says_why_not(name, tmp_path):
+    file, content, expected = FILES[name]
+    path = f"{tmp_path}/{file}"
+    Path(path).write_bytes(content) if isinstance(content, bytes) else content(path)
+    try:
+        rows, problems = data.load_rows(path)
+        found = "; ".join(problems) or [row.qid for row in rows]
+    except DataError as error:
+        found = str(error)
+        assert found.startswith(path + ": ")
+    assert found == expected if isinstance(expected, list) else expected in found
+
+
+PROMPT_FILES = {  # the same for --prompt_file
+    "no UTF-8": (b"\xff{question}", "no text in UTF-8"),
+    "no mark": (b"Look first.", "or it lacks the mark {question}"),
+    "a directory": (None, "no such file, or it lacks"),
+    "byte order mark": (b"\xef\xbb\xbfLook. {question}", "Look. {question}"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_FILES)
+def test_a_prompt_file_is_read_or_says_why_not(name, tmp_path):
+    content, expected = PROMPT_FILES[name]
+    (tmp_path / "p").write_bytes(content) if content else (tmp_path / "p").mkdir()
+    try:
+        assert pebr.read_instruction(Config(prompt_file=str(tmp_path / "p"))) == expected
+    except ConfigError as error:
+        assert expected in str(error) and f"--prompt_file {tmp_path / 'p'}: " in str(error)
 
 
 def test_json_and_jsonl_give_the_same_rows(tmp_path):
@@ -1676,16 +1787,77 @@ def test_image_marks_place_the_pictures_and_without_marks_they_come_first():
     assert content("a b", 0) == ["Q: a b!"]
 
 
-def test_pictures_are_turned_converted_and_brought_into_the_pixel_limits(tmp_path):
+def test_pictures_are_turned_and_brought_into_the_pixel_limits(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, to be shown turned by 90 degrees
-    Image.new("CMYK", (400, 100)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (400, 100)).save(tmp_path / "a.jpg", exif=exif)
     assert data.load_image(str(tmp_path / "a.jpg"), 1, 10**6).size == (100, 400)
     small = data.load_image(str(tmp_path / "a.jpg"), 1, 10_000)
-    assert small.mode == "RGB" and small.width * small.height <= 10_000 and small.size == (50, 200)
-    Image.new("P", (4, 4)).save(tmp_path / "b.png")
-    large = data.load_image(str(tmp_path / "b.png"), 576, 10_000)
-    assert large.mode == "RGB" and large.size == (24, 24)
+    assert small.width * small.height <= 10_000 and small.size == (50, 200)
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    assert data.load_image(str(tmp_path / "b.png"), 576, 10_000).size == (24, 24)
+
+
+def saved(mode, color, size=(8, 6), palette=None, **options):
+    """Maker of a picture in one color."""
+
+    def make(path):
+        image = Image.new(mode, size, color)
+        if palette:
+            image.putpalette(palette)
+        image.save(path, **options)
+
+    return make
+
+
+def png_header(width, height):
+    """A PNG that says it has that size, and has next to nothing."""
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+RED, BLUE, GRAY, WHITE = (255, 0, 0), (0, 0, 255), (128, 128, 128), (255, 255, 255)
+FRAMES = dict(save_all=True, append_images=[Image.new("RGB", (8, 6), BLUE)])
+# fmt: off
+PICTURES = {  # name of the file, its maker or its bytes; the color that it has, or the message
+    "cut off": ("a.png", png_header(8, 6), "image file is truncated"),
+    "zero bytes": ("a.png", b"", "not readable (cannot identify image file"),
+    "a text": ("a.png", b"hello", "not readable (cannot identify image file"),
+    "an EPS, which is a program": ("a.eps", saved("RGB", RED), "not readable (cannot identify image file"),
+    "12,000 x 12,000": ("a.png", png_header(12_000, 12_000), "too large (12000 x 12000 pixels, the limit is 67108864): reduce it first"),
+    "30,000 x 30,000": ("a.png", png_header(30_000, 30_000), "too large (Image size (900000000 pixels) exceeds limit"),
+    "32 bits": ("a.tif", saved("I", 70_000), "mode I has no agreed white"),
+    "floating point": ("a.tif", saved("F", 0.5), "mode F has no agreed white"),
+    "1 x 1": ("a.png", saved("RGB", RED, (1, 1)), RED),
+    "CMYK": ("a.tif", saved("CMYK", (0, 255, 255, 0)), RED),
+    "16 bits": ("a.png", saved("I;16", 32_896), GRAY),  # 32,896 / 257; Pillow's own conversion clips it to white
+    "gray": ("a.png", saved("L", 128), GRAY),
+    "black and white": ("a.png", saved("1", 1), WHITE),
+    "animated": ("a.gif", saved("RGB", RED, **FRAMES), RED),
+    "animated PNG": ("a.png", saved("RGB", RED, **FRAMES), RED),
+    "wrong extension": ("a.jpg", saved("RGB", RED, format="PNG"), RED),
+    "transparent": ("a.png", saved("RGBA", (255, 0, 0, 0)), WHITE),
+    "half transparent": ("a.png", saved("LA", (1, 127)), (128 + 0,) * 3),  # 1 * 127 / 255 + 255 * 128 / 255 = 128.5, cut off
+    "transparent palette": ("a.png", saved("P", 1, palette=[255, 0, 0, 0, 0, 255], transparency=1), WHITE),
+    "opaque palette": ("a.png", saved("P", 1, palette=[255, 0, 0, 0, 0, 255], transparency=0), BLUE),
+    "a transparent color": ("a.png", saved("RGB", RED, transparency=RED), WHITE),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_is_read_as_people_see_it_or_says_why_not(name, tmp_path):
+    file, content, expected = PICTURES[name]
+    path = tmp_path / file
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    if isinstance(expected, tuple):
+        image = data.load_image(str(path), 1, 10**6)
+        assert image.mode == "RGB" and image.getcolors() == [(image.width * image.height, expected)]
+    else:
+        with pytest.raises(DataError, match=re.escape(f"picture {path} is ") + ".*" + re.escape(expected)):
+            data.load_image(str(path), 1, 10**6)
 
 
 def test_the_papers_warmup_filters_drop_and_count(tmp_path):
@@ -2085,25 +2257,6 @@ def test_a_broken_tsv_row_is_named_with_its_reason(policy, cfg, tmp_path, accele
     assert "rows.tsv row 1: " in str(error.value) and reason in str(error.value) and "1 broken rows" in str(error.value)
 
 
-def test_a_tsv_that_is_none_says_so(tmp_path):
-    def reason_of(text):
-        (tmp_path / "rows.tsv").write_bytes(text)
-        with pytest.raises(DataError) as error:
-            data.load_rows(str(tmp_path / "rows.tsv"))
-        return str(error.value)
-
-    assert "no rows" in reason_of(b"") and "no rows" in reason_of(b"index\timage\tquestion\tanswer\n")
-    assert "no image or image_path column; its columns are answer, index, question" in reason_of(
-        b"index\tquestion\tanswer\n1\tq\ta\n"
-    )
-    assert "no index column" in reason_of(b"image\tquestion\tanswer\n1\tq\ta\n")
-    assert "no tab-separated table" in reason_of(b"index\xff\timage\n")
-    (tmp_path / "rows.tsv").write_text("index\timage\tquestion\tanswer\n1\tx\tq\n2\tx\tq\ta\tb\n")
-    assert [problem.split(": ")[1] for problem in data.load_rows(str(tmp_path / "rows.tsv"))[1]] == [
-        "it has not as many cells as the header has columns"
-    ] * 2
-
-
 def test_an_evaluation_that_cannot_be_scored_says_so(tmp_path):
     path = tsv(tmp_path / "rows.tsv", {"answer": "x"}, {"answer": "y"})
     for argv, reason in (
@@ -2231,7 +2384,10 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
         ),
         (["--loss_mean", "median"], "must be one of token, sequence, constant"),
         (["--top_p", "0"], "--top_p 0.0"),
-        (["--learning_rate", "-1"], "must not be negative"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0: must be a number, not negative"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be a number, not negative"),
+        (["--temperature", "inf"], "--temperature inf: must be a number, not negative"),
+        (["--run_dir", __file__], f"--run_dir {__file__}: is a file"),
         (["--min_pixels", "900000"], "is more than --max_pixels"),
         (["--stage", "perception", "--model", "x", "--train_data", "rows.json"], "needs --clip_model"),
         (["--stage", "warmup", "--model", "x", "--train_data", "rows.json"], "needs --sft_data"),
@@ -2256,9 +2412,106 @@ def test_wrong_flags_stop_with_a_message_that_names_them(argv, reason, tmp_path,
     run_dir.mkdir()
     (run_dir / "toy").symlink_to(toy)
     with pytest.raises(SystemExit) as stopped:
-        pebr.main([*argv, "--run_dir", str(run_dir)])
+        pebr.main(["--run_dir", str(run_dir), *argv])
     assert reason in str(stopped.value)
     assert "--clip_model" not in argv or not (run_dir / "warmup").exists()  # found before the first stage
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_what_accelerate_is_set_to_and_we_cannot_do_stops_the_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(SystemExit, match=f"accelerate is set to use {name}, which is not supported"):
+        run(tmp_path, "--stage", "warmup")
+
+
+def reshard(folder):
+    """The weights in several files, one of which is missing."""
+    from transformers import AutoModelForImageTextToText
+
+    AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(folder, max_shard_size="300KB")
+    (folder / "model.safetensors").unlink()
+    (folder / "model-00002-of-00005.safetensors").unlink()
+
+
+def own_code(folder, name, **settings):
+    """A folder that names code of its own for everything."""
+    names = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")
+    reconfigure(name, lambda c: c.update(settings, auto_map={key: "evil.Evil" for key in names}))(folder)
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+def text_model(folder):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    size = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=100, **size)).save_pretrained(folder)
+
+
+def more_words(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{i}" for i in range(500)])
+    tokenizer.save_pretrained(folder)
+
+
+def respell(folder, old, new):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_text((folder / file).read_text().replace(old, new))
+
+
+MODEL, HEAD = "model.safetensors", "lm_head.weight"
+WHOLE, UNFIT = (
+    "it must be a vision-language model's whole folder",
+    "1 tensors are missing, of another shape or not finite, first " + HEAD,
+)
+NO_PROMPT = "its processor cannot write a prompt with one picture "
+# fmt: off
+MODEL_FOLDERS = {  # how a good model folder is broken, and the message
+    "no folder": (shutil.rmtree, WHOLE),
+    "no config": (lambda f: (f / "config.json").unlink(), WHOLE),
+    "config is no JSON": (lambda f: (f / "config.json").write_text('{"a'), "(Unterminated string"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "must be a mapping, not list"),
+    "config deeply nested": (lambda f: (f / "config.json").write_text("[" * 100_000), "maximum recursion depth"),
+    "config of the wrong types": (reconfigure("config.json", lambda c: c.update(text_config="x")), "Validation error for field 'text_config'"),
+    "unknown architecture": (reconfigure("config.json", lambda c: c.update(model_type="nosuch")), "has model type `nosuch`"),
+    "a text model": (text_model, "Unrecognized configuration class"),
+    "no processor": (lambda f: (f / "processor_config.json").unlink(), "Can't load image processor"),
+    "processor is no JSON": (lambda f: (f / "processor_config.json").write_text("{"), "is not a valid JSON file"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], NO_PROMPT),
+    "tokenizer of another kind": (lambda f: (f / "tokenizer.json").write_text("{}"), WHOLE),
+    "tokenizer without image token": (lambda f: respell(f, "<|image_pad|>", "<|other|>"), NO_PROMPT),
+    "tokenizer with more words than the model": (more_words, "tokens, the model only"),
+    "image token of another model": (reconfigure("config.json", lambda c: c.update(image_token_id=60)), "marks no picture with the image token 60"),
+    "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template: add chat_template.jinja"),
+    "chat template broken": (lambda f: (f / "chat_template.jinja").write_text("{% for m in %}"), NO_PROMPT + "(Expected an expression"),
+    "chat template without picture": (lambda f: (f / "chat_template.jinja").write_text("hello"), NO_PROMPT),
+    "no weights": (lambda f: (f / MODEL).unlink(), "no file named model.safetensors"),
+    "weights cut off": (lambda f: os.truncate(f / MODEL, 10_000), "Error while deserializing header"),
+    "a shard missing": (reshard, "model-00002-of-00005.safetensors"),
+    "a tensor missing": (reweigh(MODEL, lambda w: w.pop(HEAD)), UNFIT),
+    "a tensor of another shape": (reweigh(MODEL, lambda w: w.update({HEAD: torch.ones(3)})), UNFIT),
+    "NaN among the weights": (reweigh(MODEL, lambda w: w[HEAD].fill_(math.nan)), UNFIT),
+    "pickled weights": (lambda f: pickled(f, MODEL, "pytorch_model.bin"), "pytorch_model.bin is a pickle, which is never opened: save the model again as safetensors"),
+    "code of its own, unknown architecture": (lambda f: own_code(f, "config.json", model_type="new"), "the code in it runs with --trust_remote_code only"),
+    "code of its own for the processor": (lambda f: own_code(f, "processor_config.json", processor_class="New"), "the code in it runs with --trust_remote_code only"),
+    "code of its own beside a known architecture": (lambda f: own_code(f, "config.json"), None),  # transformers' own code will do
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", MODEL_FOLDERS)
+def test_a_broken_model_folder_says_why_and_runs_no_code(name, toy, cfg, tmp_path):
+    make, reason = MODEL_FOLDERS[name]
+    folder = shutil.copytree(toy / "model", tmp_path / "model")
+    make(folder)
+    if reason:
+        with pytest.raises(ConfigError) as error:
+            pebr.load_policy(str(folder), cfg)
+        assert reason in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+    else:
+        pebr.load_policy(str(folder), cfg)
+    assert not (folder / "ran").exists()
 
 
 SMALL = ["--max_steps", "2", "--rollout_batch_size", "4", "--update_batch_size", "2", "--group_size", "2", "--max_new_tokens", "16",
@@ -2775,6 +3028,103 @@ def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, to
     hard = json.loads((tmp_path / "sample_base" / "hard.json").read_text())
     assert hard == json.loads((night_sky / "sft.json").read_text())  # a random model gets all of them wrong
     assert json.loads((tmp_path / "warmup" / "summary.json").read_text())["rows"] == len(hard)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random input, by hand for longer: python test_pebr.py fuzz 1 100000
+
+
+def random_value(rng, depth=0):
+    """A JSON value of any kind, often hostile in one of the places it may stand."""
+    if depth < 3 and rng.random() < 0.25:
+        values = [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+        return values if rng.random() < 0.5 else dict(zip(("role", "content", "0", "a"), values))
+    texts = ["", " ", "a.png", "../a.png", "a\0.png", "\ud800", "A", "['a', 'b']", "[" * 99, "[0x" + "f" * 9000 + "]", "{[]: 1}", "<image>",
+             "<image 1>", "nan", "9" * 400, "system", "user", "### The final answer is: 3", data.INLINE + "AAAA", "x" * 5000]  # fmt: skip
+    return rng.choice([None, True, 0, -7, 0.5, 1e999, math.nan, 2**70, *texts])
+
+
+def mutated(rng, blob: bytes) -> bytes:
+    """The bytes cut, doubled or overwritten in up to four places."""
+    blob = bytearray(blob)
+    for _ in range(rng.randint(1, 4)):
+        a, n = rng.randrange(len(blob) + 1), rng.choice([1, 2, 8, 200])
+        new = rng.choice(
+            [b"", rng.randbytes(n), blob[a : a + n] * 2, b"\0" * n, b'"', b"{", b"[", b"\t", b"\n", b"\xff" * 4]
+        )
+        blob[a : a + n] = new
+    return bytes(blob)
+
+
+def fuzz(seed: int, rounds: int, folder: Path) -> Counter:
+    """Random rows, files, pictures and prompt files; returns how many of each were accepted and refused. Only DataError and
+    ConfigError are caught, and what was accepted must stand scoring and writing too."""
+    rng, counts = random.Random(seed), Counter()
+    picture(folder / "a.png")
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "### The final answer is: 3"}]
+    bases = [ROW, {**ROW, "choices": ["3", "4"]}, {"messages": chat, "images": ["a.png"], "qid": "s"}]
+    bases += [{"question": "q", "answer": "A", "image": "a.png", "options": ["x", "y"], "hint": "h", "level": 1, "subject": "s", "precision": 1,
+               "question_type": "free_form", "answer_type": "float", "ID": "1", "key": "2steps_1", "varid": 0, "qid": "1", "l2-category": "c",
+               "skills": "['a']", "label": ["3"], "imgname": "a.png"}]  # fmt: skip
+    pictures = []
+    for kind, mode in (
+        ("PNG", "P"),
+        ("PNG", "I;16"),
+        ("JPEG", "CMYK"),
+        ("GIF", "P"),
+        ("WEBP", "RGBA"),
+        ("TIFF", "RGB"),
+        ("BMP", "RGB"),
+    ):
+        Image.new(mode, (9, 7)).save(file := io.BytesIO(), kind)
+        pictures.append(file.getvalue())
+    for i in range(rounds):
+        rows = [dict(rng.choice(bases)) for _ in range(2)]
+        for name in rng.sample([*rows[0], "zz"], 2):
+            rows[0][name] = random_value(rng)
+        if rng.random() < 0.2:
+            del rows[0][rng.choice(list(rows[0]))]
+        path = folder / f"rows{rng.choice(['.json', '.jsonl', '.tsv', ' mathvista.json'])}"
+        if path.suffix == ".tsv":
+            tsv(path, *[{k: str(v).encode("utf-8", "replace").decode() for k, v in row.items()} for row in rows])
+        else:
+            path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        if rng.random() < 0.5:
+            path.write_bytes(mutated(rng, path.read_bytes()))
+        name, need = (
+            rng.choice(["", *rewards.BENCHMARKS]),
+            rng.choice([(), ("answer",), ("answer", "key_words"), ("response",)]),
+        )
+        file, target = folder / "file", rng.choice(["rows", "rows", "picture", "prompt"])
+        try:
+            if target == "rows":
+                good, _ = data.load_rows(str(path), "", need, name)
+                for row in good:
+                    row.benchmark = row.benchmark if row.answer else "generic"
+                    rewards.score_predictions([row], [{"responses": ["### The final answer is: 3", "A"]}])
+                    pebr.write_jsonl(folder / "out.jsonl", [row.raw])
+                    data.write_tsv_predictions(folder / "out.tsv", [row], [{"extracted": ["3"], "responses": ["3"]}])
+                counts["rows", bool(good)] += 1
+                continue
+            file.write_bytes(
+                mutated(rng, rng.choice(pictures)) if target == "picture" else mutated(rng, b"Look: {question}")
+            )
+            if target == "picture":
+                data.load_image(str(file), 1, 10**4)
+            else:
+                pebr.read_instruction(Config(prompt_file=str(file)))
+            counts[target, True] += 1
+        except (DataError, ConfigError):
+            counts[target, False] += 1
+        except Exception:
+            print(f"fuzz: seed {seed}, round {i}, {target} {path if target == 'rows' else file} {name!r}")
+            raise
+    return counts
+
+
+def test_random_input_ends_in_our_own_errors(tmp_path):
+    counts = fuzz(0, 400, tmp_path)
+    assert min(counts[target, good] for target in ("rows", "picture", "prompt") for good in (True, False)) > 5, counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
