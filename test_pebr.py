@@ -9,6 +9,7 @@ from collections import Counter
 import csv
 from fractions import Fraction
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1696,7 +1697,7 @@ def test_a_broken_row_is_named_with_its_reason_and_stops_the_run(policy, cfg, tm
 # fmt: off
 GOOD_ROW, TSV_HEADER = json.dumps({**ROW, "images": []}).encode().replace(b"<image>", b""), b"index\timage\tquestion\tanswer\n"
 NO_JSON = "neither a JSON list nor one JSON object a line, in UTF-8 "
-FILES = {  # name of the file, its bytes or its maker; the message, or the qids that it has
+FILES = {  # name of the file, its bytes or its maker; the message, or the qids (of a --prompt_file: the text) that it has
     "empty": ("rows.json", b"", "no rows"),
     "empty list": ("rows.json", b"[]", "no rows"),
     "no JSON": ("rows.json", b"{oops", NO_JSON + "(Expecting property name"),
@@ -1719,6 +1720,10 @@ FILES = {  # name of the file, its bytes or its maker; the message, or the qids 
     "a text of 10 MB": ("rows.json", GOOD_ROW.replace(b"How many?", b"?" * 10**7), ["1"]),
     "somebody else's summary.json beside it": ("rows.json", lambda path: (
         Path(path).write_bytes(GOOD_ROW), Path(path).with_name("summary.json").write_text('[{"image_root": ')), ["1"]),
+    "prompt: no UTF-8": ("prompt.txt", b"\xff{question}", "no text in UTF-8"),
+    "prompt: no mark": ("prompt.txt", b"Look first.", "or it lacks the mark {question}"),
+    "prompt: a directory": ("prompt.txt", os.mkdir, "no such file, or it lacks"),
+    "prompt: byte order mark": ("prompt.txt", b"\xef\xbb\xbfLook. {question}", ["Look. {question}"]),
     "TSV: empty": ("rows.tsv", b"", "no rows"),
     "TSV: header only": ("rows.tsv", TSV_HEADER, "no rows"),
     "TSV: no picture column": ("rows.tsv", b"index\tquestion\tanswer\n1\tq\ta\n", "no image or image_path column; its columns are answer, index, question"),
@@ -1738,30 +1743,12 @@ def test_a_data_file_is_read_or_says_why_not(name, tmp_path):
     path = f"{tmp_path}/{file}"
     Path(path).write_bytes(content) if isinstance(content, bytes) else content(path)
     try:
-        rows, problems = data.load_rows(path)
-        found = "; ".join(problems) or [row.qid for row in rows]
-    except DataError as error:
+        rows, problems = ([], []) if "prompt" in name else data.load_rows(path)
+        found = "; ".join(problems) or [row.qid for row in rows] or [pebr.read_instruction(Config(prompt_file=path))]
+    except (DataError, ConfigError) as error:
         found = str(error)
-        assert found.startswith(path + ": ")
+        assert found.removeprefix("--prompt_file ").startswith(path + ": ")
     assert found == expected if isinstance(expected, list) else expected in found
-
-
-PROMPT_FILES = {  # the same for --prompt_file
-    "no UTF-8": (b"\xff{question}", "no text in UTF-8"),
-    "no mark": (b"Look first.", "or it lacks the mark {question}"),
-    "a directory": (None, "no such file, or it lacks"),
-    "byte order mark": (b"\xef\xbb\xbfLook. {question}", "Look. {question}"),
-}
-
-
-@pytest.mark.parametrize("name", PROMPT_FILES)
-def test_a_prompt_file_is_read_or_says_why_not(name, tmp_path):
-    content, expected = PROMPT_FILES[name]
-    (tmp_path / "p").write_bytes(content) if content else (tmp_path / "p").mkdir()
-    try:
-        assert pebr.read_instruction(Config(prompt_file=str(tmp_path / "p"))) == expected
-    except ConfigError as error:
-        assert expected in str(error) and f"--prompt_file {tmp_path / 'p'}: " in str(error)
 
 
 def test_json_and_jsonl_give_the_same_rows(tmp_path):
@@ -3031,11 +3018,11 @@ def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, to
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Random input, by hand for longer: python test_pebr.py fuzz 1 100000
+# Random input; longer, with other seeds: python test_pebr.py fuzz /tmp/folder 1 100000
 
 
 def random_value(rng, depth=0):
-    """A JSON value of any kind, often hostile in one of the places it may stand."""
+    """A JSON value of any kind, hostile in one of the places where it may stand."""
     if depth < 3 and rng.random() < 0.25:
         values = [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
         return values if rng.random() < 0.5 else dict(zip(("role", "content", "0", "a"), values))
@@ -3046,85 +3033,74 @@ def random_value(rng, depth=0):
 
 def mutated(rng, blob: bytes) -> bytes:
     """The bytes cut, doubled or overwritten in up to four places."""
-    blob = bytearray(blob)
     for _ in range(rng.randint(1, 4)):
         a, n = rng.randrange(len(blob) + 1), rng.choice([1, 2, 8, 200])
-        new = rng.choice(
-            [b"", rng.randbytes(n), blob[a : a + n] * 2, b"\0" * n, b'"', b"{", b"[", b"\t", b"\n", b"\xff" * 4]
-        )
-        blob[a : a + n] = new
-    return bytes(blob)
+        new = rng.choice([b"", rng.randbytes(n), blob[a : a + n] * 2, bytes(n), *b'"{[\t\n\xff'])
+        blob = blob[:a] + (bytes([new]) if isinstance(new, int) else new) + blob[a + n :]
+    return blob
 
 
-def fuzz(seed: int, rounds: int, folder: Path) -> Counter:
-    """Random rows, files, pictures and prompt files; returns how many of each were accepted and refused. Only DataError and
-    ConfigError are caught, and what was accepted must stand scoring and writing too."""
-    rng, counts = random.Random(seed), Counter()
+CHAT = [SAID, {"role": "assistant", "content": "### The final answer is: 3"}]
+QUESTION = {"question": "q", "answer": "A", "image": "a.png", "options": ["x", "y"], "hint": "h", "level": 1, "subject": "s", "precision": 1,
+            "question_type": "free_form", "answer_type": "float", "ID": "1", "key": "2steps_1", "varid": 0, "qid": "1", "l2-category": "c",
+            "skills": "['a']", "label": ["3"], "imgname": "a.png"}  # fmt: skip
+
+
+def fuzz_rows(rng, folder) -> bool:
+    """A file of two rows, one of them with random values, at times with random bytes. What is accepted must stand scoring and
+    writing too."""
+    bases = [ROW, {**ROW, "choices": ["3", "4"]}, {"messages": CHAT, "images": ["a.png"], "qid": "s"}, QUESTION, QUESTION]
+    rows = [dict(rng.choice(bases)) for _ in range(2)]
+    rows[0] |= {name: random_value(rng) for name in rng.sample([*rows[0], "zz"], 2)}
+    rows[0].pop(rng.choice([*rows[0], *["none"] * 40]), None)
+    path = folder / rng.choice(["rows.json", "rows.jsonl", "rows.tsv", "mathvista.json"])
+    if path.suffix == ".tsv":
+        tsv(path, *[{k: str(v).encode("utf-8", "replace").decode() for k, v in row.items()} for row in rows])
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    if rng.random() < 0.5:
+        path.write_bytes(mutated(rng, path.read_bytes()))
+    need = rng.choice([(), ("answer",), ("answer", "key_words"), ("response",)])
+    good, _ = data.load_rows(str(path), "", need, rng.choice(["", *rewards.BENCHMARKS]))
+    for row in good:
+        rewards.score_predictions([row], [{"responses": ["### The final answer is: 3", "A"]}])
+        pebr.write_jsonl(folder / "out.jsonl", [row.raw])
+        data.write_tsv_predictions(folder / "out.tsv", [row], [{"extracted": ["3"], "responses": ["3"]}])
+    return bool(good)
+
+
+def fuzz_picture(rng, folder) -> bool:
+    mode, kind = rng.choice(["P PNG", "I;16 PNG", "CMYK JPEG", "P GIF", "RGBA WEBP", "RGB TIFF", "RGB BMP"]).split()
+    Image.new(mode, (9, 7)).save(file := io.BytesIO(), kind)
+    (folder / "file").write_bytes(mutated(rng, file.getvalue()))
+    return bool(data.load_image(str(folder / "file"), 1, 10**4))
+
+
+def fuzz_prompt_file(rng, folder) -> bool:
+    (folder / "file").write_bytes(mutated(rng, b"Look: {question}"))
+    return bool(pebr.read_instruction(Config(prompt_file=str(folder / "file"))))
+
+
+def fuzz(folder: str, seed="0", rounds="200") -> Counter:
+    """How many random inputs of each kind were accepted and refused. Nothing but our own errors is caught."""
+    counts, folder = Counter(), Path(folder)
     picture(folder / "a.png")
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "### The final answer is: 3"}]
-    bases = [ROW, {**ROW, "choices": ["3", "4"]}, {"messages": chat, "images": ["a.png"], "qid": "s"}]
-    bases += [{"question": "q", "answer": "A", "image": "a.png", "options": ["x", "y"], "hint": "h", "level": 1, "subject": "s", "precision": 1,
-               "question_type": "free_form", "answer_type": "float", "ID": "1", "key": "2steps_1", "varid": 0, "qid": "1", "l2-category": "c",
-               "skills": "['a']", "label": ["3"], "imgname": "a.png"}]  # fmt: skip
-    pictures = []
-    for kind, mode in (
-        ("PNG", "P"),
-        ("PNG", "I;16"),
-        ("JPEG", "CMYK"),
-        ("GIF", "P"),
-        ("WEBP", "RGBA"),
-        ("TIFF", "RGB"),
-        ("BMP", "RGB"),
-    ):
-        Image.new(mode, (9, 7)).save(file := io.BytesIO(), kind)
-        pictures.append(file.getvalue())
-    for i in range(rounds):
-        rows = [dict(rng.choice(bases)) for _ in range(2)]
-        for name in rng.sample([*rows[0], "zz"], 2):
-            rows[0][name] = random_value(rng)
-        if rng.random() < 0.2:
-            del rows[0][rng.choice(list(rows[0]))]
-        path = folder / f"rows{rng.choice(['.json', '.jsonl', '.tsv', ' mathvista.json'])}"
-        if path.suffix == ".tsv":
-            tsv(path, *[{k: str(v).encode("utf-8", "replace").decode() for k, v in row.items()} for row in rows])
-        else:
-            path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
-        if rng.random() < 0.5:
-            path.write_bytes(mutated(rng, path.read_bytes()))
-        name, need = (
-            rng.choice(["", *rewards.BENCHMARKS]),
-            rng.choice([(), ("answer",), ("answer", "key_words"), ("response",)]),
-        )
-        file, target = folder / "file", rng.choice(["rows", "rows", "picture", "prompt"])
+    for i, work in itertools.product(range(int(rounds)), (fuzz_rows, fuzz_picture, fuzz_prompt_file)):
         try:
-            if target == "rows":
-                good, _ = data.load_rows(str(path), "", need, name)
-                for row in good:
-                    row.benchmark = row.benchmark if row.answer else "generic"
-                    rewards.score_predictions([row], [{"responses": ["### The final answer is: 3", "A"]}])
-                    pebr.write_jsonl(folder / "out.jsonl", [row.raw])
-                    data.write_tsv_predictions(folder / "out.tsv", [row], [{"extracted": ["3"], "responses": ["3"]}])
-                counts["rows", bool(good)] += 1
-                continue
-            file.write_bytes(
-                mutated(rng, rng.choice(pictures)) if target == "picture" else mutated(rng, b"Look: {question}")
-            )
-            if target == "picture":
-                data.load_image(str(file), 1, 10**4)
-            else:
-                pebr.read_instruction(Config(prompt_file=str(file)))
-            counts[target, True] += 1
+            counts[work.__name__, work(random.Random(f"{seed} {i} {work.__name__}"), folder)] += 1
         except (DataError, ConfigError):
-            counts[target, False] += 1
-        except Exception:
-            print(f"fuzz: seed {seed}, round {i}, {target} {path if target == 'rows' else file} {name!r}")
+            counts[work.__name__, False] += 1
+        except Exception as error:
+            error.add_note(f"{work.__name__}, seed {seed}, round {i}")
             raise
+    print(counts)
     return counts
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_random_input_ends_in_our_own_errors(tmp_path):
-    counts = fuzz(0, 400, tmp_path)
-    assert min(counts[target, good] for target in ("rows", "picture", "prompt") for good in (True, False)) > 5, counts
+    counts = fuzz(tmp_path)
+    assert len(counts) == 6 and min(counts.values()) > 5, counts  # of each kind some are accepted and some refused
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3345,7 +3321,7 @@ def print_graders():
 
 
 COMMANDS = {"hacks": print_hacks, "graders": print_graders, "trl": bench_trl, "train_with_trl": train_with_trl,
-            "train_with_pebr": train_with_pebr, "imports": imports, "clip": bench_clip}  # fmt: skip
+            "train_with_pebr": train_with_pebr, "imports": imports, "clip": bench_clip, "fuzz": fuzz}  # fmt: skip
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](*sys.argv[2:])
