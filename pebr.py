@@ -40,7 +40,7 @@ slightly narrower distribution than the one that is scored.
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 import functools
 import hashlib
@@ -59,9 +59,12 @@ import zlib
 from PIL import Image
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import broadcast_object_list, gather_object
 import psutil
 import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -227,8 +230,9 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
     "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature benchmark",
 }
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
+PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
-DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
 
 class ConfigError(ValueError):
@@ -380,8 +384,16 @@ class Policy(torch.nn.Module):
         chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
                   for h, i in zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))]  # fmt: skip
         logprobs, entropy = (torch.cat(values) for values in zip(*chunks))  # (tokens,)
+        if (
+            torch.distributed.is_initialized()
+        ):  # processes exchange the vision tower's gradient, whether they saw pictures or not
+            logprobs = logprobs + 0.0 * sum(p.sum() for p in vision_parameters(self.model) if p.requires_grad)
         zeros = torch.zeros(mask.shape, device=self.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
+
+    def generate(self, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
+        """n responses to each prompt (see decode). A method, because FSDP has to see it as a forward of this module."""
+        return (decode if self.fast else decode_plain)(self, prompts, n, cfg, choose, noise)
 
 
 def load_policy(path: str, cfg: Config) -> Policy:
@@ -419,14 +431,15 @@ def save_policy(policy: Policy, accelerator: Accelerator, model, folder: Path) -
         policy.model.generation_config = clean
 
 
+def vision_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Of the vision tower and the projector, by the names that transformers gives them."""
+    return [p for name, p in model.named_parameters() if any(part in name for part in VISION)]
+
+
 def freeze_vision(model: torch.nn.Module) -> None:
-    """Freeze the vision tower and the projector, by the names that transformers gives them."""
-    parts = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")
-    frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
+    frozen = vision_parameters(model)
     if not frozen:
-        raise ConfigError(
-            f"--freeze_vision: found none of {', '.join(parts)} in {type(model).__name__}; use --no-freeze_vision"
-        )
+        raise ConfigError(f"--freeze_vision: no {', '.join(VISION)} in {type(model).__name__}; use --no-freeze_vision")
     for p in frozen:
         p.requires_grad_(False)
 
@@ -509,15 +522,16 @@ def generate_rollouts(
     """
     policy.eval()
     rollouts, size = [], max(1, generate_batch_size(policy, cfg, accelerator) // n)
-    for start in range(0, len(prompts), size):
-        chunk = prompts[start : start + size]
-        noise = torch.stack([row_noise(f"{seed} {prompt.position} {i}", cfg) for prompt in chunk for i in range(n)])
-        choose = functools.partial(sample_tokens, temperature=temperature, top_p=cfg.top_p, banned=policy.banned_ids)
-        with accelerator.autocast():
-            sampled = (decode if policy.fast else decode_plain)(policy, chunk, n, cfg, choose, noise.to(policy.device))
-        for i, (tokens, logprobs) in enumerate(sampled):
-            text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-            rollouts.append(Rollout(chunk[i // n], tokens, text, tokens[-1].item() not in policy.end_ids, logprobs))
+    with gathered(policy):
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            noise = torch.stack([row_noise(f"{seed} {prompt.position} {i}", cfg) for prompt in chunk for i in range(n)])
+            choose = functools.partial(sample_tokens, temperature=temperature, top_p=cfg.top_p, banned=policy.banned_ids)
+            with accelerator.autocast():
+                sampled = policy.generate(chunk, n, cfg, choose, noise.to(policy.device))
+            for i, (tokens, logprobs) in enumerate(sampled):
+                text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+                rollouts.append(Rollout(chunk[i // n], tokens, text, tokens[-1].item() not in policy.end_ids, logprobs))
     policy.train()
     return rollouts
 
@@ -859,15 +873,15 @@ def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, lo
     sums, trained = {}, [p for p in model.parameters() if p.requires_grad]
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):  # the forward belongs inside, too
+        # DDP exchanges gradients once. The forward belongs inside, too. FSDP does so each time, or it would hold them whole.
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             with accelerator.autocast():
                 loss, metrics = loss_of(batch)
-            if last and accelerator.distributed_type in DDP:  # a batch without pictures must not leave DDP waiting for the
-                loss = loss + 0.0 * sum(p.sum() for p in trained)  # vision tower's gradient
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.float()
     norm = accelerator.clip_grad_norm_(trained, cfg.grad_clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = bool(torch.isfinite(norm))
     if finite:
         optimizer.step()
@@ -886,11 +900,47 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         freeze_vision(policy.model)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = [type(text_layers(policy)[0]).__name__]
+        plugin.mixed_precision_policy = fsdp_precision(cfg)
+        plugin.cpu_ram_efficient_loading = (
+            False  # else processes other than the first have no weights, nor has their reference
+        )
     trained = [p for p in policy.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(
         policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     )
+    register_fsdp_forward_method(model, "generate")
     return model.train(), optimizer
+
+
+def text_layers(policy: Policy) -> torch.nn.ModuleList:
+    """The decoder layers, which FSDP shards one by one. The vision tower stays with the embeddings in the root, which every
+    process gathers at every forward: one by one, processes with and without pictures would wait for each other."""
+    return policy.model.get_decoder().layers
+
+
+def fsdp_precision(cfg: Config) -> MixedPrecisionPolicy:
+    """bf16 compute on float32 shards, and gradients added up in float32 (accelerate would do that in bf16)."""
+    compute = torch.bfloat16 if cfg.mixed_precision == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+@contextmanager
+def gathered(policy: Policy):
+    """Inside, FSDP holds all weights whole, so that decoding needs no exchange and processes may take different numbers of
+    steps. Nothing happens without FSDP."""
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
 
 
 def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
@@ -1439,7 +1489,15 @@ def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Po
     if not cfg.kl_coef:
         return None
     dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
-    return load_policy(model_path, cfg).eval().requires_grad_(False).to(accelerator.device, dtype)
+    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
+    if not accelerator.is_fsdp2:
+        return reference.to(accelerator.device, dtype)
+    for module in (
+        *text_layers(reference.to(dtype)),
+        reference,
+    ):  # by torch, because accelerate shards only what has an optimizer
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return reference
 
 
 def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tuple[dict[int, Row], list[Row]]:
@@ -1531,13 +1589,27 @@ def device_bytes(accelerator: Accelerator) -> int:
     return psutil.virtual_memory().total // accelerator.num_processes
 
 
+def held_bytes(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, int]:
+    """What a process holds all the time in GRPO, and the copy of the weights that it computes with."""
+    weights, computes = sum(p.numel() for p in policy.parameters()), 2 if cfg.mixed_precision == "bf16" else 4
+    states = 16 if accelerator.is_fsdp2 or accelerator.num_processes == 1 else 20  # DDP has gradient buckets, too
+    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+    return {
+        "weights, gradients, Adam": states * weights // shards,
+        "whole copy of the weights": computes * weights
+        if accelerator.is_fsdp2 or computes == 2
+        else 0,  # gathered, or autocast's
+        "reference model": computes * weights // shards if cfg.kl_coef else 0,
+    }
+
+
 def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -> int:
-    """--generate_batch_size, or as many responses as fit into half of the memory that weights and Adam leave. Computed from
-    the device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
+    """--generate_batch_size, or as many responses as fit into half of the memory that the models leave. Computed from the
+    device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
     if cfg.generate_batch_size:
         return cfg.generate_batch_size
-    states = 20 * sum(p.numel() for p in policy.parameters())
-    room = max(0, device_bytes(accelerator) - states) // 2 // kv_bytes(policy, cfg)
+    held = sum(held_bytes(policy, cfg, accelerator).values())
+    room = max(0, device_bytes(accelerator) - held) // 2 // kv_bytes(policy, cfg)
     step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
     return max(cfg.group_size, min(room, step) // cfg.group_size * cfg.group_size)
 
@@ -1545,7 +1617,6 @@ def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -
 def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
     """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
     text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
-    weights = sum(p.numel() for p in policy.parameters())
     T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
     tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
     layers, layer = (
@@ -1554,11 +1625,7 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     )  # for backward
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
     plan = {
-        "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
-        "their bf16 copy": 2 * weights
-        if cfg.mixed_precision == "bf16"
-        else 0,  # autocast's, made once per rollout or update
-        "reference model": bytes_ * weights if cfg.kl_coef else 0,
+        **held_bytes(policy, cfg, accelerator),
         "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
         "activations of an update": kept,
         "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
@@ -1863,6 +1930,25 @@ def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
     return str(folder)
 
 
+def start_accelerator(cfg: Config, cpu: bool) -> Accelerator:
+    """What `accelerate launch` was told, with this file's precision. Raises ConfigError for what cannot work."""
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=cfg.mixed_precision, log_with=cfg.log_with or None, project_dir=cfg.run_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
+    )  # fmt: skip
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.FSDP
+        )  # accelerate would train with DDP, without a word
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("FSDP version 1 cannot gather the weights once a rollout: use configs/fsdp2.yaml")
+    if accelerator.distributed_type not in (*PLAIN_TYPES, DistributedType.FSDP):
+        raise ConfigError(f"accelerate was told {accelerator.distributed_type}: use configs/fsdp2.yaml, or --multi_gpu")
+    return accelerator
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
@@ -1880,11 +1966,7 @@ def main(argv: list[str] | None = None) -> None:
         for cfg in configs:  # all of them before the first one starts
             check_config(cfg, num_processes)
         torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // num_processes))
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
-        )  # fmt: skip
+        accelerator = start_accelerator(configs[0], cpu)
         toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in TOY_PATHS]
         if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
             build_toy_world(toy, configs[0].seed, ToyConfig())
