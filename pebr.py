@@ -1492,10 +1492,8 @@ def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Po
     reference = load_policy(model_path, cfg).eval().requires_grad_(False)
     if not accelerator.is_fsdp2:
         return reference.to(accelerator.device, dtype)
-    for module in (
-        *text_layers(reference.to(dtype)),
-        reference,
-    ):  # by torch, because accelerate shards only what has an optimizer
+    reference = reference.to(dtype)  # sharded by torch, because accelerate shards only what has an optimizer
+    for module in (*text_layers(reference), reference):
         fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return reference
 
