@@ -40,7 +40,7 @@ slightly narrower distribution than the one that is scored.
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 import functools
 import hashlib
@@ -59,10 +59,13 @@ import zlib
 from PIL import Image
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import broadcast_object_list, gather_object
 from jinja2 import TemplateError
 import psutil
 import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -75,6 +78,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    LogitsProcessorList,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -228,8 +232,9 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
     "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature benchmark",
 }
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
+PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
-DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
 
 class ConfigError(ValueError):
@@ -342,6 +347,9 @@ class Prompt:
     row: Row
     images: list  # PIL, for CLIP
     inputs: dict[str, torch.Tensor]
+    position: int = (
+        0  # of the question in the step or the file: its rollouts are seeded by it, on whatever process they are made
+    )
 
 
 class Policy(torch.nn.Module):
@@ -382,8 +390,16 @@ class Policy(torch.nn.Module):
         chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
                   for h, i in zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))]  # fmt: skip
         logprobs, entropy = (torch.cat(values) for values in zip(*chunks))  # (tokens,)
+        if (
+            torch.distributed.is_initialized()
+        ):  # processes exchange the vision tower's gradient, whether they saw pictures or not
+            logprobs = logprobs + 0.0 * sum(p.sum() for p in vision_parameters(self.model) if p.requires_grad)
         zeros = torch.zeros(mask.shape, device=self.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
+
+    def generate(self, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
+        """n responses to each prompt (see decode). A method, because FSDP has to see it as a forward of this module."""
+        return (decode if self.fast else decode_plain)(self, prompts, n, cfg, choose, noise)
 
 
 def told(error: Exception) -> str:
@@ -465,14 +481,15 @@ def save_policy(policy: Policy, accelerator: Accelerator, model, folder: Path) -
         policy.model.generation_config = clean
 
 
+def vision_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Of the vision tower and the projector, by the names that transformers gives them."""
+    return [p for name, p in model.named_parameters() if any(part in name for part in VISION)]
+
+
 def freeze_vision(model: torch.nn.Module) -> None:
-    """Freeze the vision tower and the projector, by the names that transformers gives them."""
-    parts = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")
-    frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
+    frozen = vision_parameters(model)
     if not frozen:
-        raise ConfigError(
-            f"--freeze_vision: found none of {', '.join(parts)} in {type(model).__name__}; use --no-freeze_vision"
-        )
+        raise ConfigError(f"--freeze_vision: no {', '.join(VISION)} in {type(model).__name__}; use --no-freeze_vision")
     for p in frozen:
         p.requires_grad_(False)
 
@@ -484,7 +501,7 @@ def processor_inputs(processor, row: Row, images: list, instruction: str) -> dic
     return dict(processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False))
 
 
-def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Prompt:
+def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str, position: int = 0) -> Prompt:
     """Open the row's pictures, make the processor's inputs.
 
     Raises DataError for what the processor or the chat template refuses, for a text that holds the model's own mark of a
@@ -504,7 +521,7 @@ def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str) -> Pr
         raise DataError(
             f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels"
         )
-    return Prompt(row, images, inputs)
+    return Prompt(row, images, inputs, position)
 
 
 def encode_response(policy: Policy, text: str) -> torch.Tensor:
@@ -547,7 +564,7 @@ class Rollout:
     tokens: torch.Tensor  # (C,) sampled ids, the end token included if there is one
     text: str
     truncated: bool  # no end token within max_new_tokens
-    old_logprobs: torch.Tensor | None = None  # (C,) under the policy that sampled; None: not known from sampling
+    old_logprobs: torch.Tensor  # (C,) under the policy that sampled, full softmax at the rollout temperature
     parts: dict = field(default_factory=dict)  # of the reward
     reward: float = 0.0
     advantage: float = 0.0
@@ -556,33 +573,50 @@ class Rollout:
 
 @torch.no_grad()
 def generate_rollouts(
-    policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float
+    policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float, seed: str = ""
 ) -> list[Rollout]:
-    """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy."""
+    """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy.
+
+    What is sampled follows from `seed` and the prompts' positions, not from the batch or the process that they are in.
+    """
     policy.eval()
     rollouts, size = [], max(1, generate_batch_size(policy, cfg, accelerator) // n)
-    for start in range(0, len(prompts), size):
-        chunk = prompts[start : start + size]
-        with accelerator.autocast():
-            sampled = (decode if policy.fast else decode_plain)(policy, chunk, n, cfg, temperature)
-        for i, (tokens, logprobs) in enumerate(sampled):
-            text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-            rollouts.append(Rollout(chunk[i // n], tokens, text, tokens[-1].item() not in policy.end_ids, logprobs))
+    with gathered(policy):
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            noise = torch.stack([row_noise(f"{seed} {prompt.position} {i}", cfg) for prompt in chunk for i in range(n)])
+            choose = functools.partial(sample_tokens, temperature=temperature, top_p=cfg.top_p, banned=policy.banned_ids)
+            with accelerator.autocast():
+                sampled = policy.generate(chunk, n, cfg, choose, noise.to(policy.device))
+            for i, (tokens, logprobs) in enumerate(sampled):
+                text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+                rollouts.append(Rollout(chunk[i // n], tokens, text, tokens[-1].item() not in policy.end_ids, logprobs))
     policy.train()
     return rollouts
 
 
-def decode_plain(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
-    """transformers' generate, for any model. Returns [((C,) tokens, None)] for P * n responses."""
-    batch = collate(prompts, None, policy.pad_id, policy.device)
-    sampling = (
-        dict(do_sample=True, temperature=temperature, top_p=cfg.top_p, top_k=0) if temperature else dict(do_sample=False)
+def row_noise(seed: str, cfg: Config) -> torch.Tensor:
+    """(max_new_tokens, 8) uniform random numbers of one response: a token takes one, and another for each time top-p refuses."""
+    return torch.rand(
+        cfg.max_new_tokens, 8, generator=torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed} {seed}".encode()))
     )
+
+
+def decode_plain(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
+    """transformers' generate, for any model, with our own choice of tokens. Returns what decode returns."""
+    batch, logprobs = collate(prompts, None, policy.pad_id, policy.device), []
+
+    def only_the_chosen(ids, logits):  # a logits processor: (rows, tokens so far), (rows, V) -> (rows, V)
+        tokens, chosen = choose(logits, noise[:, len(logprobs)])
+        logprobs.append(chosen)
+        return torch.full_like(logits, float("-inf")).scatter(1, tokens[:, None], 0.0)
+
     ids = policy.model.generate(
-        **batch, **sampling, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens, repetition_penalty=1.0,
-        suppress_tokens=policy.banned_ids or None, eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
+        **batch, do_sample=True, top_k=0, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens,
+        logits_processor=LogitsProcessorList([only_the_chosen]), eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
     )[:, batch["input_ids"].shape[1] :].cpu()  # fmt: skip
-    return [(tokens[: first_end(tokens, policy.end_ids)], None) for tokens in ids]
+    lengths, logprobs = [first_end(tokens, policy.end_ids) for tokens in ids], torch.stack(logprobs, 1).cpu()
+    return [(tokens[:length], values[:length]) for tokens, values, length in zip(ids, logprobs, lengths)]
 
 
 def first_end(tokens: torch.Tensor, end_ids: list[int]) -> int:
@@ -620,9 +654,10 @@ class GroupCache:
             self.bias, self.prompts = self.bias[used], [(keys[used], values[used]) for keys, values in self.prompts]
 
 
-def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperature: float) -> list:
+def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
     """Prefill each prompt and its pictures once, decode n responses to each against that one KV cache; rows leave as they end.
 
+    choose: logits (B, V), noise (B, 8) -> tokens (B,), log-probs (B,). noise: (P * n, max_new_tokens, 8).
     Returns [((C,) tokens, (C,) log-probs)] for P * n responses. Positions are explicit, so nothing stays on the model.
     """
     batch, device = collate(prompts, None, policy.pad_id, policy.device), policy.device
@@ -637,7 +672,7 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, temperatu
     alive, ends = torch.arange(len(which), device=device), torch.tensor(policy.end_ids, device=device)
     sampled, logprobs = [[] for _ in which], [[] for _ in which]
     for step in range(cfg.max_new_tokens):
-        tokens, chosen = sample_tokens(logits, temperature, cfg.top_p, policy.banned_ids)  # (alive,)
+        tokens, chosen = choose(logits, noise[alive, step])  # (alive,)
         for row, token, logprob in zip(alive.tolist(), tokens.tolist(), chosen.tolist()):
             sampled[row].append(token)
             logprobs[row].append(logprob)
@@ -677,28 +712,32 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
 
 
 def sample_tokens(
-    logits: torch.Tensor, temperature: float, top_p: float, banned: list[int]
+    logits: torch.Tensor, noise: torch.Tensor, temperature: float, top_p: float, banned: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row of logits (B, V), and its log-prob under the full softmax at the temperature.
+    """One token per row of logits (B, V), chosen by noise (B, 8), and its log-prob under the full softmax at the temperature.
 
     That log-prob is what the training forward computes for the token: it is taken before the ban and before top-p.
-    temperature 0: the most likely token.
+    temperature 0: the most likely token. Top-p by rejection, exact and without sorting the vocabulary: a token is outside if
+    more likely ones hold top_p; then the row draws again, from those.
     """
     logits = logits.float() / (temperature or 1.0)
     logprobs, allowed = logits.log_softmax(-1), logits.clone()
     allowed[:, banned] = float("-inf")
-    if temperature == 0:
-        tokens = allowed.argmax(-1)
-    else:
-        probs, tokens = allowed.softmax(-1), logits.new_zeros(len(logits), dtype=torch.long)
-        again = torch.arange(len(logits), device=logits.device)
-        while len(
-            again
-        ):  # top-p by rejection, which spares sorting the vocabulary: a token is outside if more likely ones hold top_p
-            p = probs[again]
-            tokens[again] = drawn = torch.multinomial(p, 1)[:, 0]
-            more_likely = p > p.gather(-1, drawn[:, None])
-            again = again[(p * more_likely).sum(-1) >= top_p]
+    tokens = allowed.argmax(-1)
+    if temperature:
+        p, rows = allowed.softmax(-1), torch.arange(len(logits), device=logits.device)
+        for u in noise.T:
+            heap = p.cumsum(-1)
+            drawn = torch.searchsorted(heap, u[rows, None] * heap[:, -1:], right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
+            p_drawn = p.gather(-1, drawn)
+            more_likely = torch.where(p > p_drawn, p, 0.0)
+            inside = (more_likely.sum(-1) < top_p) & (
+                p_drawn[:, 0] > 0
+            )  # a sum over the vocabulary may round to just under 1
+            tokens[rows[inside]] = drawn[inside, 0]
+            p, rows = more_likely[~inside], rows[~inside]
+            if not len(rows):
+                break
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -896,15 +935,15 @@ def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, lo
     sums, trained = {}, [p for p in model.parameters() if p.requires_grad]
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):  # the forward belongs inside, too
+        # DDP exchanges gradients once. The forward belongs inside, too. FSDP does so each time, or it would hold them whole.
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             with accelerator.autocast():
                 loss, metrics = loss_of(batch)
-            if last and accelerator.distributed_type in DDP:  # a batch without pictures must not leave DDP waiting for the
-                loss = loss + 0.0 * sum(p.sum() for p in trained)  # vision tower's gradient
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.float()
     norm = accelerator.clip_grad_norm_(trained, cfg.grad_clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = bool(torch.isfinite(norm))
     if finite:
         optimizer.step()
@@ -923,11 +962,47 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         freeze_vision(policy.model)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = [type(text_layers(policy)[0]).__name__]
+        plugin.mixed_precision_policy = fsdp_precision(cfg)
+        plugin.cpu_ram_efficient_loading = (
+            False  # else processes other than the first have no weights, nor has their reference
+        )
     trained = [p for p in policy.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(
         policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     )
+    register_fsdp_forward_method(model, "generate")
     return model.train(), optimizer
+
+
+def text_layers(policy: Policy) -> torch.nn.ModuleList:
+    """The decoder layers, which FSDP shards one by one. The vision tower stays with the embeddings in the root, which every
+    process gathers at every forward: one by one, processes with and without pictures would wait for each other."""
+    return policy.model.get_decoder().layers
+
+
+def fsdp_precision(cfg: Config) -> MixedPrecisionPolicy:
+    """bf16 compute on float32 shards, and gradients added up in float32 (accelerate would do that in bf16)."""
+    compute = torch.bfloat16 if cfg.mixed_precision == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+@contextmanager
+def gathered(policy: Policy):
+    """Inside, FSDP holds all weights whole, so that decoding needs no exchange and processes may take different numbers of
+    steps. Nothing happens without FSDP."""
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
 
 
 def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
@@ -1062,11 +1137,6 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
             write_jsonl(folder / name, [record for record in read_jsonl(folder / name) if record["step"] <= step])
     accelerator.wait_for_everyone()
     return step
-
-
-def seed_step(cfg: Config, stage: str, step: int, process: int) -> None:
-    """Every step seeds itself, so that a resumed run samples what the uninterrupted one would have."""
-    torch.manual_seed(zlib.crc32(f"{cfg.seed} {stage} {step} {process}".encode()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1239,7 +1309,7 @@ def answer_questions(
 ) -> list[dict]:
     """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped.
 
-    Questions go through in fixed chunks with a seed each, so that an interrupted run gives the lines of a whole one.
+    Each question has its seed, so that an interrupted run, or one on more processes, gives the lines of a whole one.
     """
     earlier = [read_jsonl(path)] if accelerator.is_main_process else [None]
     broadcast_object_list(earlier)
@@ -1254,19 +1324,18 @@ def answer_questions(
     for start in range(0, len(rows), width):
         chunk = rows[start : start + width]
         if any(row.qid not in done for row in chunk):
-            seed_step(cfg, path.stem, start, accelerator.process_index)
-            mine = chunk[accelerator.process_index :: accelerator.num_processes]
-            rollouts = generate_rollouts(
-                policy, [encode_prompt(policy, row, cfg, instruction) for row in mine], n, cfg, accelerator, temperature
-            )
+            mine = list(enumerate(chunk, start))[accelerator.process_index :: accelerator.num_processes]
+            prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in mine]
+            rollouts = generate_rollouts(policy, prompts, n, cfg, accelerator, temperature, path.stem)
             score_rollouts(rollouts, clip)
             groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
             records = [
                 {"qid": row.qid, "answer": row.answer, "scores": [r.parts["accuracy"] for r in group], "responses": [r.text for r in group],
                  "parts": [r.parts for r in group], "tokens": [len(r.tokens) for r in group], "truncated": [r.truncated for r in group]}
-                for row, group in zip(mine, groups)
+                for (_, row), group in zip(mine, groups)
             ]  # fmt: skip
-            new = [record for record in gather_object(records) if record["qid"] not in done]
+            made = {record["qid"]: record for record in gather_object(records)}
+            new = [made[row.qid] for row in chunk if row.qid not in done]
             done.update({record["qid"]: record for record in new})
             if accelerator.is_main_process:
                 append_jsonl(path, new)
@@ -1332,32 +1401,33 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 
 
 def collect_rollouts(
-    policy, rows: list[Row], spare: list[Row], cfg: Config, clip, reward_weights: dict, accelerator, vocabulary=frozenset()
+    policy, questions: dict[int, Row], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
 ):
-    """Rollouts, rewards and advantages for this process's questions; `spare` questions replace groups without spread.
+    """Rollouts, rewards and advantages for this process's questions, {position in the step: row}; `spare` questions, the same
+    list on all processes, replace groups without spread.
 
-    Returns (rollouts, whole groups in order; seconds).
+    Returns (rollouts, whole groups in order of position; seconds).
     """
-    G, instruction, groups = cfg.group_size, read_instruction(cfg), []
+    G, instruction, groups = cfg.group_size, read_instruction(cfg), {}
     seconds = {"rollout": 0.0, "reward": 0.0}
     for attempt in range(cfg.resample_rounds + 1):
         clock = time.perf_counter()
-        rollouts = generate_rollouts(
-            policy, [encode_prompt(policy, row, cfg, instruction) for row in rows], G, cfg, accelerator, cfg.temperature
-        )
+        prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in questions.items()]
+        rollouts = generate_rollouts(policy, prompts, G, cfg, accelerator, cfg.temperature, f"{seed} {attempt}")
         seconds["rollout"] += time.perf_counter() - clock
         clock = time.perf_counter()
         score_rollouts(rollouts, clip, vocabulary)
         seconds["reward"] += time.perf_counter() - clock
         for rollout in rollouts:
-            rollout.reward = total_reward(rollout.parts, reward_weights)
-        groups += [rollouts[i : i + G] for i in range(0, len(rollouts), G)]
-        tied = is_tied(torch.tensor([[r.reward for r in group] for group in groups])).nonzero()[:, 0].tolist()
-        rows, spare = spare[: len(tied)], spare[len(tied) :]
-        if attempt == cfg.resample_rounds or not rows:
+            rollout.reward = total_reward(rollout.parts, STAGE_REWARDS[cfg.stage])
+        groups |= {prompt.position: rollouts[i * G : (i + 1) * G] for i, prompt in enumerate(prompts)}
+        if attempt == cfg.resample_rounds:
             break
-        replaced = set(tied[: len(rows)])  # their places go to the new questions
-        groups = [group for i, group in enumerate(groups) if i not in replaced]
+        tied = [position for position, group in groups.items() if is_tied(torch.tensor([[r.reward for r in group]]))]
+        everywhere = sorted(gather_object(tied))  # so that it does not matter how questions are split over processes
+        questions = {position: row for position, row in zip(everywhere, spare) if position in tied}
+        spare = spare[len(everywhere) :]
+    groups = [groups[position] for position in sorted(groups)]
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
     for group, advantages in zip(groups, group_advantages(rewards, cfg.advantage_eps, cfg.advantage_std).tolist()):
         for rollout, advantage in zip(group, advantages):
@@ -1410,9 +1480,6 @@ def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg
     """One epoch over this process's rollouts: as many updates as the step has update batches. Returns their mean metrics."""
     add_reference(rollouts, reference, cfg, accelerator)
     size = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
-    unknown = [r for r in rollouts[size:] if r.old_logprobs is None]  # the plain engine does not tell them
-    for rollout, logprobs in zip(unknown, rollout_logprobs(model, unknown, cfg, accelerator)):
-        rollout.old_logprobs = logprobs
     updates = []
     for start in range(0, len(rollouts), size):
         off_policy = start > 0  # at the first update the policy is still the one that sampled
@@ -1421,12 +1488,18 @@ def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg
     return {name: value if name.endswith("_updates") else value / len(updates) for name, value in metrics.items()}
 
 
+def gather_in_order(rollouts: list[Rollout], records: list[dict]) -> list[dict]:
+    """A record per rollout, from all processes, in the order of the step's questions."""
+    tagged = gather_object([(r.prompt.position, i, record) for i, (r, record) in enumerate(zip(rollouts, records))])
+    return [record for _, _, record in sorted(tagged, key=lambda item: item[:2])]
+
+
 def rollout_metrics(rollouts: list[Rollout], clip, cfg: Config, accelerator) -> dict[str, float]:
     """Means over all processes: reward and its parts, their spread within groups, groups without spread, lengths."""
     mine = [
         {"reward": r.reward, **r.parts, "length_tokens": len(r.tokens), "truncated": float(r.truncated)} for r in rollouts
     ]
-    everyone, metrics = gather_object(mine), {}
+    everyone, metrics = gather_in_order(rollouts, mine), {}
     for name in sorted({name for record in everyone for name in record}):
         values = [record[name] for record in everyone if name in record]  # a part that does not apply to a row is not there
         metrics[name] = sum(values) / len(values)
@@ -1481,14 +1554,23 @@ def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Po
     if not cfg.kl_coef:
         return None
     dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
-    return load_policy(model_path, cfg).eval().requires_grad_(False).to(accelerator.device, dtype)
+    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
+    if not accelerator.is_fsdp2:
+        return reference.to(accelerator.device, dtype)
+    reference = reference.to(dtype)  # sharded by torch, because accelerate shards only what has an optimizer
+    for module in (*text_layers(reference), reference):
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return reference
 
 
-def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tuple[list[Row], list[Row]]:
-    """This process's questions of a step, and others that may replace those whose groups have no spread."""
-    batch = local_share(shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed), accelerator)
+def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tuple[dict[int, Row], list[Row]]:
+    """This process's part of every update of the step, as {position in the step: row}, so that an update has the same
+    questions on any number of processes; and the questions that may replace those whose groups have no spread."""
+    batch = shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed)
     spare = shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, f"{cfg.seed} spare")
-    return batch, [row for row in local_share(spare, accelerator) if row not in batch]
+    updates = [range(i, i + cfg.update_batch_size) for i in range(0, len(batch), cfg.update_batch_size)]
+    mine = [position for update in updates for position in local_share(update, accelerator)]
+    return {position: batch[position] for position in mine}, [row for row in spare if row not in batch]
 
 
 def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
@@ -1519,9 +1601,10 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
     for step in range(start + 1, total + 1):
-        seed_step(cfg, cfg.stage, step, accelerator.process_index)
-        batch, spare = step_questions(rows, step, cfg, accelerator)
-        rollouts, seconds = collect_rollouts(policy, batch, spare, cfg, clip, reward_weights, accelerator, vocabulary)
+        questions, spare = step_questions(rows, step, cfg, accelerator)
+        rollouts, seconds = collect_rollouts(
+            policy, questions, spare, f"{cfg.stage} {step}", cfg, clip, accelerator, vocabulary
+        )
         metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
         clock = time.perf_counter()
         metrics["learning_rate"] = set_learning_rate(optimizer, cfg, step - 1, total)
@@ -1539,7 +1622,7 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
     """All rollouts of this step into samples.jsonl; now and then the best and the worst of a group on the screen."""
     records = [{"step": step, "qid": r.prompt.row.qid, "prompt": r.prompt.row.problem, "completion": r.text, "truncated": r.truncated,
                 "reward": r.reward, "parts": r.parts, "advantage": r.advantage} for r in rollouts]  # fmt: skip
-    records = gather_object(records)
+    records = gather_in_order(rollouts, records)
     if not accelerator.is_main_process:
         return
     append_jsonl(folder / "samples.jsonl", records)
@@ -1569,13 +1652,27 @@ def device_bytes(accelerator: Accelerator) -> int:
     return psutil.virtual_memory().total // accelerator.num_processes
 
 
+def held_bytes(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, int]:
+    """What a process holds all the time in GRPO, and the copy of the weights that it computes with."""
+    weights, computes = sum(p.numel() for p in policy.parameters()), 2 if cfg.mixed_precision == "bf16" else 4
+    states = 16 if accelerator.is_fsdp2 or accelerator.num_processes == 1 else 20  # DDP has gradient buckets, too
+    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+    return {
+        "weights, gradients, Adam": states * weights // shards,
+        "whole copy of the weights": computes * weights
+        if accelerator.is_fsdp2 or computes == 2
+        else 0,  # gathered, or autocast's
+        "reference model": computes * weights // shards if cfg.kl_coef else 0,
+    }
+
+
 def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -> int:
-    """--generate_batch_size, or as many responses as fit into half of the memory that weights and Adam leave. Computed from
-    the device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
+    """--generate_batch_size, or as many responses as fit into half of the memory that the models leave. Computed from the
+    device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
     if cfg.generate_batch_size:
         return cfg.generate_batch_size
-    states = 20 * sum(p.numel() for p in policy.parameters())
-    room = max(0, device_bytes(accelerator) - states) // 2 // kv_bytes(policy, cfg)
+    held = sum(held_bytes(policy, cfg, accelerator).values())
+    room = max(0, device_bytes(accelerator) - held) // 2 // kv_bytes(policy, cfg)
     step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
     return max(cfg.group_size, min(room, step) // cfg.group_size * cfg.group_size)
 
@@ -1583,7 +1680,6 @@ def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -
 def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
     """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
     text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
-    weights = sum(p.numel() for p in policy.parameters())
     T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
     tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
     layers, layer = (
@@ -1592,11 +1688,7 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     )  # for backward
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
     plan = {
-        "weights, gradients, Adam": (16 if accelerator.num_processes == 1 else 20) * weights,  # DDP has gradient buckets too
-        "their bf16 copy": 2 * weights
-        if cfg.mixed_precision == "bf16"
-        else 0,  # autocast's, made once per rollout or update
-        "reference model": bytes_ * weights if cfg.kl_coef else 0,
+        **held_bytes(policy, cfg, accelerator),
         "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
         "activations of an update": kept,
         "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
@@ -1692,7 +1784,6 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     generate_rollouts(
         policy, prompts[:1], cfg.group_size, replace(cfg, max_new_tokens=2), accelerator, cfg.temperature
     )  # wakes libraries
-    seed_step(cfg, "dryrun", 0, accelerator.process_index)
     rollouts = timed(
         "rollout", lambda: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
     )
@@ -1902,6 +1993,25 @@ def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
     return str(folder)
 
 
+def start_accelerator(cfg: Config, cpu: bool) -> Accelerator:
+    """What `accelerate launch` was told, with this file's precision. Raises ConfigError for what cannot work."""
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=cfg.mixed_precision, log_with=cfg.log_with or None, project_dir=cfg.run_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
+    )  # fmt: skip
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.FSDP
+        )  # accelerate would train with DDP, without a word
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("FSDP version 1 cannot gather the weights once a rollout: use configs/fsdp2.yaml")
+    if accelerator.distributed_type not in (*PLAIN_TYPES, DistributedType.FSDP):
+        raise ConfigError(f"accelerate was told {accelerator.distributed_type}: use configs/fsdp2.yaml, or --multi_gpu")
+    return accelerator
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
@@ -1919,11 +2029,7 @@ def main(argv: list[str] | None = None) -> None:
         for cfg in configs:  # all of them before the first one starts
             check_config(cfg, num_processes)
         torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // num_processes))
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=configs[0].mixed_precision, log_with=configs[0].log_with or None, project_dir=configs[0].run_dir,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
-        )  # fmt: skip
+        accelerator = start_accelerator(configs[0], cpu)
         toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in TOY_PATHS]
         if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
             build_toy_world(toy, configs[0].seed, ToyConfig())

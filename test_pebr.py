@@ -138,13 +138,13 @@ def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=("red",
     for i, size in enumerate(sizes):
         images = [picture(tmp_path / f"{i}.png", size)] if size else []
         rows.append(Row(f"row {i}", str(i), words[i % len(words)], "1", images))
-    return [pebr.encode_prompt(policy, row, cfg, "{question}") for row in rows]
+    return [pebr.encode_prompt(policy, row, cfg, "{question}", position) for position, row in enumerate(rows)]
 
 
 def rollouts_of(prompts, lengths, advantages):
     generator = torch.Generator().manual_seed(1)
     return [
-        Rollout(prompts[i % len(prompts)], torch.randint(10, 60, (n,), generator=generator), "", False, advantage=a)
+        Rollout(prompts[i % len(prompts)], torch.randint(10, 60, (n,), generator=generator), "", False, None, advantage=a)
         for i, (n, a) in enumerate(zip(lengths, advantages))
     ]
 
@@ -1379,7 +1379,7 @@ def grouped_rollouts(policy, cfg, tmp_path):
     generator = torch.Generator().manual_seed(1)
     for i, length in enumerate(lengths):
         tokens = torch.randint(8, 20, (length,), generator=generator)  # words, in every vocabulary of these tests
-        rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, advantage=[1.0, -2.0, 0.5][i % 3]))
+        rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, None, advantage=[1.0, -2.0, 0.5][i % 3]))
     return rollouts
 
 
@@ -1417,10 +1417,13 @@ def test_prefill_once_decodes_the_tokens_of_plain_generate(families, kind, cfg, 
     prompts = [r.prompt for r in grouped_rollouts(policy, cfg, tmp_path)][::3]
     cfg = pebr.replace(cfg, max_new_tokens=40)
     for batch in (prompts, prompts[:1], prompts[2:3]):  # padded, alone, no picture in the whole batch
-        fast = pebr.generate_rollouts(policy, batch, 1, cfg, accelerator, 0.0)
-        slow = pebr.generate_rollouts(plain, batch, 1, cfg, accelerator, 0.0)
-        assert [r.tokens.tolist() for r in fast] == [r.tokens.tolist() for r in slow]
-        assert [r.truncated for r in fast] == [r.truncated for r in slow]
+        for n, temperature in ((1, 0.0), (3, 1.2)):  # greedy and sampled
+            fast = pebr.generate_rollouts(policy, batch, n, cfg, accelerator, temperature)
+            slow = pebr.generate_rollouts(plain, batch, n, cfg, accelerator, temperature)
+            assert [r.tokens.tolist() for r in fast] == [r.tokens.tolist() for r in slow]
+            assert [r.truncated for r in fast] == [r.truncated for r in slow]
+            for a, b in zip(fast, slow):
+                assert torch.allclose(a.old_logprobs, b.old_logprobs, atol=1e-4)
 
 
 def test_another_family_takes_the_plain_path_and_trains(families, cfg, tmp_path, accelerator):
@@ -1452,12 +1455,43 @@ def test_the_samplers_logprobs_are_those_of_the_training_forward(policy, cfg, tm
 def test_sampled_tokens_follow_temperature_and_top_p_and_avoid_the_ban():
     # p = 1/2, 1/4, 1/8, 1/8 at T = 1. Banning token 0 leaves 1/2, 1/4, 1/4; top-p 0.7 keeps tokens 1 and 2 (or 3): 2/3, 1/3.
     logits = torch.tensor([0.5, 0.25, 0.125, 0.1249]).log().repeat(30_000, 1)
-    torch.manual_seed(0)
-    tokens, logprobs = pebr.sample_tokens(2 * logits, 2.0, 0.7, [0])  # twice the logits at T = 2 are the logits at T = 1
+    noise = torch.rand(30_000, 8, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = pebr.sample_tokens(
+        2 * logits, noise, 2.0, 0.7, [0]
+    )  # twice the logits at T = 2 are the logits at T = 1
     share = tokens.bincount(minlength=4) / len(tokens)
     assert share.tolist() == pytest.approx([0, 2 / 3, 1 / 3, 0], abs=0.01)
     assert torch.allclose(logprobs[tokens == 1], torch.tensor(0.25).log(), atol=1e-3)  # before ban and top-p
-    assert pebr.sample_tokens(logits[:1], 0.0, 1.0, [0])[0].item() == 1
+    assert pebr.sample_tokens(logits[:1], noise[:1], 0.0, 1.0, [0])[0].item() == 1
+
+
+def test_top_p_by_rejection_gives_the_distribution_of_transformers_warpers():
+    from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+    generator, draws = torch.Generator().manual_seed(0), 40_000
+    logits = torch.randn(60, generator=generator) * 2
+    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0)):
+        warp = LogitsProcessorList([SuppressTokensLogitsProcessor([3, 7]), TemperatureLogitsWarper(temperature)])
+        warp += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        expected = warp(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(-1)[0]
+        noise = torch.rand(draws, 8, generator=generator)
+        tokens, _ = pebr.sample_tokens(logits.repeat(draws, 1), noise, temperature, top_p, [3, 7])
+        share = tokens.bincount(minlength=60) / draws
+        assert share[expected == 0].sum() == 0
+        # five standard deviations of a share: 5 * sqrt(p (1 - p) / draws)
+        assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
+
+
+def test_a_response_does_not_depend_on_the_batch_it_is_made_in(policy, cfg, tmp_path, accelerator):
+    prompts = prompts_of(policy, cfg, tmp_path)
+    together = pebr.generate_rollouts(policy, prompts, 4, cfg, accelerator, 1.2, "a step")
+    alone = [r for prompt in prompts for r in pebr.generate_rollouts(policy, [prompt], 4, cfg, accelerator, 1.2, "a step")]
+    assert [r.tokens.tolist() for r in together] == [r.tokens.tolist() for r in alone]
+    texts = {r.text for r in together}
+    assert len(texts) > 4  # responses and prompts have noise of their own
+    assert texts != {r.text for r in pebr.generate_rollouts(policy, prompts, 4, cfg, accelerator, 1.2, "another step")}
+    other = pebr.replace(cfg, seed=1)
+    assert texts != {r.text for r in pebr.generate_rollouts(policy, prompts, 4, other, accelerator, 1.2, "a step")}
 
 
 def test_another_picture_gives_other_logprobs(policy, cfg, tmp_path):
@@ -1554,7 +1588,10 @@ def test_autocast_casts_the_weights_once_a_rollout_and_not_once_a_token(policy, 
             torch.no_grad(),
             torch.autocast("cpu", torch.bfloat16),
         ):
-            pebr.decode(policy, prompts, 2, pebr.replace(cfg, max_new_tokens=max_new_tokens), 1.0)
+            most_likely = lambda logits, noise: (logits.argmax(-1), logits[:, 0])
+            pebr.decode(
+                policy, prompts, 2, pebr.replace(cfg, max_new_tokens=max_new_tokens), most_likely, torch.zeros(4, 9, 8)
+            )
         return sum(event.name == "aten::_to_copy" and event.input_shapes[0] == head for event in seen.events())
 
     assert casts_of_the_head(9) == casts_of_the_head(3) == 1
@@ -2633,14 +2670,6 @@ def test_two_runs_with_one_seed_give_the_same_metrics_line_by_line(toy_run, toy,
     assert lines(tmp_path / "perception" / "samples.jsonl") != lines(toy_run / "perception" / "samples.jsonl")
 
 
-def test_another_seed_samples_other_responses(cfg):
-    draws = []
-    for seed, step, process in ((0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        pebr.seed_step(pebr.replace(cfg, seed=seed), "perception", step, process)
-        draws.append(torch.rand(1).item())
-    assert draws[0] == draws[1] and len(set(draws)) == 4
-
-
 def test_a_step_makes_its_updates_from_the_start_model_of_the_stage(toy, toy_run, tmp_path, monkeypatch):
     (tmp_path / "toy").symlink_to(toy)
     argv = [
@@ -2733,6 +2762,73 @@ def run_script(tmp_path, launcher, *argv):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+DRIVER = """
+import sys
+import torch
+from torch.distributed.tensor import DTensor
+sys.path.insert(0, {folder!r})
+import pebr, rewards
+rewards.length_reward = lambda num_tokens: float(num_tokens % 5 > 2)  # a reward of our own: accuracy is 0 in so small a model
+rewards.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}
+save = pebr.save_policy
+def save_on_every_process(policy, accelerator, model, folder):
+    whole = {{n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in policy.named_parameters()}}
+    torch.save((type(model).__name__, whole), f"{{folder}}/process{{accelerator.process_index}}.pt")
+    save(policy, accelerator, model, folder)
+pebr.save_policy = save_on_every_process
+pebr.main(sys.argv[1:])
+"""
+LAUNCHERS = {
+    "one": [sys.executable],
+    "DDP": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"],
+    "FSDP2": [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(Path(pebr.__file__).parent / "configs/fsdp2.yaml"),
+              "--num_processes", "2", "--main_process_port", "29612"],
+}  # fmt: skip
+
+
+def three_updates(launcher, toy, toy_run, folder, *argv):
+    """(class of the wrapped model, parameters) of every process after three GRPO updates, the metrics, the samples. Of each
+    update's four questions the second process has the last two, which have no picture."""
+    folder.mkdir()
+    (folder / "toy").symlink_to(toy)
+    rows = json.loads((toy / "train.json").read_text())[:8]
+    for row in rows[2:4] + rows[6:8]:
+        row.update(images=[], problem=row["problem"].replace("<image>", ""))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "driver.py").write_text(DRIVER.format(folder=str(Path(pebr.__file__).parent)))
+    command = [*LAUNCHERS[launcher], str(folder / "driver.py"), "--stage", "reasoning", "--run_dir", str(folder), *SMALL, "--threads", "1",
+               "--from_model", str(toy_run / "warmup"), "--from_data", str(folder / "rows.json"), "--image_root", str(toy), "--overwrite",
+               "--rollout_batch_size", "4", "--update_batch_size", "4", "--max_steps", "3", "--group_size", "3", "--micro_batch_size", "3",
+               "--learning_rate", "1e-4", "--max_new_tokens", "40", "--temperature", "2.0", *argv]  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    saved = [torch.load(path) for path in sorted((folder / "reasoning").glob("process*.pt"))]
+    return saved, *(pebr.read_jsonl(folder / "reasoning" / f"{name}.jsonl") for name in ("metrics", "samples"))
+
+
+@pytest.fixture(scope="session")
+def three_updates_of_one_process(toy, toy_run, tmp_path_factory):
+    return three_updates("one", toy, toy_run, tmp_path_factory.mktemp("one") / "run", "--resample_rounds", "1")
+
+
+@pytest.mark.parametrize("launcher, wrapper", [("DDP", "DistributedDataParallel"), ("FSDP2", "FSDPPolicy")])
+def test_two_processes_make_the_updates_of_one(launcher, wrapper, toy, toy_run, tmp_path, three_updates_of_one_process):
+    """Ragged responses, tied groups that are replaced, micro-batches without pictures on the second process only."""
+    [(_, expected)], metrics, samples = three_updates_of_one_process
+    saved, *logs = three_updates(launcher, toy, toy_run, tmp_path / "run", "--resample_rounds", "1")
+    assert [name for name, _ in saved] == [wrapper] * 2
+    start = weights_of(toy_run / "warmup")
+    assert any((expected[f"model.{n}"] - w).abs().max() > 1e-4 for n, w in start.items() if f"model.{n}" in expected)
+    for _, got in saved:
+        assert got.keys() == expected.keys()
+        assert max((got[name] - expected[name]).abs().max() for name in expected) < 1e-5
+    assert [s["completion"] for s in logs[1]] == [s["completion"] for s in samples]
+    assert len({len(s["completion"].split()) for s in samples}) > 3 and 0 < metrics[0]["tied_groups"] < 1
+    for a, b in zip(logs[0], metrics, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def test_accelerate_launch_runs_the_papers_bf16_path(toy, toy_run, tmp_path):
@@ -2841,12 +2937,13 @@ def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator
             rollout.parts = {"accuracy": 0.0 if tied else float(i % cfg.group_size == 0), "format": 0.0}
 
     monkeypatch.setattr(pebr, "score_rollouts", score)
-    weights = rewards.STAGE_REWARDS["reasoning"]
-    rollouts, _ = pebr.collect_rollouts(policy, rows[:3], rows[3:5], cfg, None, weights, accelerator)
-    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train2", "train3", "train4"]
+    cfg = pebr.replace(cfg, stage="reasoning")
+    questions = dict(enumerate(rows[:3]))
+    rollouts, _ = pebr.collect_rollouts(policy, questions, rows[3:5], "", cfg, None, accelerator)
+    assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train3", "train4", "train2"]
     assert all(r.advantage != 0 for r in rollouts)
     rollouts, _ = pebr.collect_rollouts(
-        policy, rows[:3], rows[3:5], pebr.replace(cfg, resample_rounds=0), None, weights, accelerator
+        policy, questions, rows[3:5], "", pebr.replace(cfg, resample_rounds=0), None, accelerator
     )
     assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
     assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
@@ -2913,7 +3010,7 @@ def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypat
     weights = sum(p.numel() for p in policy.parameters())
     plan = pebr.memory_plan(policy, cfg, accelerator)
     assert plan["weights, gradients, Adam"] * 2**30 == 16 * weights and plan["reference model"] == 0
-    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 20 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg))
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg))
     assert pebr.generate_batch_size(policy, cfg, accelerator) == 6  # room for 7 in half of what is left, groups of 3
     assert pebr.generate_batch_size(policy, pebr.replace(cfg, generate_batch_size=5), accelerator) == 5
     monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 2 * 16 * weights)
