@@ -452,6 +452,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
     kwargs, found = dict(trust_remote_code=cfg.trust_remote_code), {}
     try:
         processor = AutoProcessor.from_pretrained(path, **kwargs)
+        if not hasattr(processor, "tokenizer"):  # where transformers finds no processor, it takes the tokenizer for one
+            raise ValueError("it has no processor for pictures and text")
         if cfg.random_init:
             config = AutoConfig.from_pretrained(path, **kwargs)
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

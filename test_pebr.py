@@ -2501,6 +2501,7 @@ MODEL_FOLDERS = {  # how a good model folder is broken, and the message
     "unknown architecture": (reconfigure("config.json", lambda c: c.update(model_type="nosuch")), "has model type `nosuch`"),
     "a text model": (text_model, "Unrecognized configuration class"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "Can't load image processor"),
+    "processor of an unknown class": (reconfigure("processor_config.json", lambda c: c.update(processor_class="New")), "it has no processor for pictures and text"),
     "processor is no JSON": (lambda f: (f / "processor_config.json").write_text("{"), "is not a valid JSON file"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], NO_PROMPT),
     "tokenizer of another kind": (lambda f: (f / "tokenizer.json").write_text("{}"), WHOLE),
