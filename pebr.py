@@ -233,6 +233,7 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
 }
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -365,8 +366,7 @@ class Policy(torch.nn.Module):
         self.end_ids = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))  # every one of them ends a response
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Image, video and vision marks are never sampled: without a picture behind it, one crashes the training forward.
-        names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        self.banned_ids = sorted({getattr(model.config, name, None) for name in names} - {None})
+        self.banned_ids = sorted({getattr(model.config, name, None) for name in MARK_IDS} - {None})
         # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts; it is kept for saving.
         self.saved_generation_config = model.generation_config
         model.generation_config = GenerationConfig(pad_token_id=self.pad_id)
@@ -429,16 +429,19 @@ def check_policy(path: str, model, processor, broken: list[str]) -> None:
                           "its weights belong to another config.json, or are incomplete")  # fmt: skip
     if words > rows:
         raise ConfigError(f"{path}: its tokenizer has {words} tokens, the model only {rows}: it belongs to another model")
+    ids = {name: getattr(model.config, name, None) for name in MARK_IDS}
+    if wrong := [name for name, i in ids.items() if i is not None and not 0 <= i < rows]:
+        raise ConfigError(f"{path}: {wrong[0]} {ids[wrong[0]]} of its config.json is none of the model's {rows} tokens")
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
     row = Row("", "", "q", "", ["a picture"])
     try:
-        ids = processor_inputs(processor, row, [Image.new("RGB", (112, 112))], "{question}")["input_ids"]
+        prompt = processor_inputs(processor, row, [Image.new("RGB", (112, 112))], "{question}")["input_ids"]
     except Exception as error:  # templates and processors raise what they like
         raise ConfigError(f"{path}: its processor cannot write a prompt with one picture ({told(error)}): "
                           "chat template, tokenizer and processor must come from one model")  # fmt: skip
-    marks = [getattr(model.config, name) for name in ("image_token_id", "image_token_index") if hasattr(model.config, name)]
-    if marks and not torch.isin(ids, torch.tensor(marks)).any():
+    marks = [mark for mark in (ids["image_token_id"], ids["image_token_index"]) if mark is not None]
+    if marks and not set(marks) & set(prompt[0].tolist()):
         raise ConfigError(f"{path}: its processor marks no picture with the image token {marks[0]} of config.json: "
                           "tokenizer and model must belong together")  # fmt: skip
 

@@ -2508,6 +2508,7 @@ MODEL_FOLDERS = {  # how a good model folder is broken, and the message
     "tokenizer without image token": (lambda f: respell(f, "<|image_pad|>", "<|other|>"), NO_PROMPT),
     "tokenizer with more words than the model": (more_words, "tokens, the model only"),
     "image token of another model": (reconfigure("config.json", lambda c: c.update(image_token_id=60)), "marks no picture with the image token 60"),
+    "image token out of range": (reconfigure("config.json", lambda c: c.update(image_token_id=2**70)), "is none of the model's"),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template: add chat_template.jinja"),
     "chat template broken": (lambda f: (f / "chat_template.jinja").write_text("{% for m in %}"), NO_PROMPT + "(Expected an expression"),
     "chat template without picture": (lambda f: (f / "chat_template.jinja").write_text("hello"), NO_PROMPT),
