@@ -1862,7 +1862,7 @@ PICTURES = {  # name of the file, its maker or its bytes; the color that it has,
     "animated PNG": ("a.png", saved("RGB", RED, **FRAMES), RED),
     "wrong extension": ("a.jpg", saved("RGB", RED, format="PNG"), RED),
     "transparent": ("a.png", saved("RGBA", (255, 0, 0, 0)), WHITE),
-    "half transparent": ("a.png", saved("LA", (1, 127)), (128 + 0,) * 3),  # 1 * 127 / 255 + 255 * 128 / 255 = 128.5, cut off
+    "half transparent": ("a.png", saved("LA", (1, 127)), GRAY),  # 1 * 127 / 255 + 255 * 128 / 255 = 128.5, cut off
     "transparent palette": ("a.png", saved("P", 1, palette=[255, 0, 0, 0, 0, 255], transparency=1), WHITE),
     "opaque palette": ("a.png", saved("P", 1, palette=[255, 0, 0, 0, 0, 255], transparency=0), BLUE),
     "a transparent color": ("a.png", saved("RGB", RED, transparency=RED), WHITE),
