@@ -211,7 +211,7 @@ TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights 
              max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0, checkpoint_every=50),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
-    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100),
+    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
 }  # fmt: skip
 TOY_PATHS = {  # what "toy" stands for in these fields
     "model": "{}/model", "train_data": "{}/train.json", "sft_data": "{}/sft.json", "test_data": "{}/test.json",
