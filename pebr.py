@@ -1091,9 +1091,11 @@ class Signals:
 SIGNALS = Signals()
 
 
-def asked_to_stop(accelerator: Accelerator) -> int:
-    """The signal that some process has noted, 0 without one. The same on all processes, so that none waits for another."""
-    return int(accelerator.gather(torch.tensor([SIGNALS.number], device=accelerator.device)).max())
+def stop_if_asked(accelerator: Accelerator, save=lambda: None) -> None:
+    """If some process has noted a signal, save and raise Interrupted: on all processes, so that none waits for another."""
+    if number := int(accelerator.gather(torch.tensor([SIGNALS.number], device=accelerator.device)).max()):
+        save()
+        raise Interrupted(number)
 
 
 @contextmanager
@@ -1215,11 +1217,11 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
     settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
     settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
     inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
-    if number := asked_to_stop(accelerator):
-        raise Interrupted(number)
-    run = True
+    stop_if_asked(accelerator)
+    run, old = True, folder.with_name(folder.name + ".old")
     if accelerator.is_main_process and cfg.overwrite and asked and read_record(folder):
-        shutil.rmtree(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder.rename(old))  # renamed first: killed in between, half of it must not pass for a stage
     accelerator.wait_for_everyone()
     if old := read_record(folder):
         run = not old["finished"]
@@ -1303,7 +1305,8 @@ def save_checkpoint(folder: Path, step: int, cfg: Config, accelerator: Accelerat
         with writing(target):
             for path in [*unfinished.rglob("*"), *folder.glob("*.jsonl")]:
                 sync(path)
-            write_json(unfinished / "complete.json", {"step": step, "processes": accelerator.num_processes, "files": files})
+            record = {"step": step, "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2, "files": files}
+            write_json(unfinished / "complete.json", record)
             sync(unfinished)
             shutil.rmtree(target, ignore_errors=True)  # a torn one
             unfinished.rename(target)
@@ -1323,7 +1326,11 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
     if found:
         record = json.loads((found[-1] / "complete.json").read_text())
         step, processes = record["step"], record["processes"]
-        accelerator.load_state(str(found[-1]))  # tensors and numbers only: no pickle of another kind is loaded
+        if record["sharded"] != accelerator.is_fsdp2:
+            raise ConfigError(
+                f"{found[-1]} was made {'with' if record['sharded'] else 'without'} FSDP: start in the same way, or --overwrite"
+            )
+        accelerator.load_state(str(found[-1]))
         accelerator.print(f"resuming after step {step}")
         if processes != accelerator.num_processes:
             accelerator.print(f"  made by {processes} processes, now {accelerator.num_processes}: the same data and counts, but not bit-identical, "
@@ -1347,12 +1354,11 @@ def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, sa
             if accelerator.is_main_process:
                 write_json(folder / "non_finite.json", samples)
             raise RunError(f"step {step}: {skipped:.0f} updates in a row had a non-finite loss or gradient and were skipped. The step's "
-                           f"samples are in {folder / 'non_finite.json'}; lower --learning_rate, or raise --max_skipped_updates.")  # fmt: skip
-    number = asked_to_stop(accelerator)
-    if number or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total):
-        save_checkpoint(folder, step, cfg, accelerator)
-    if number:
-        raise Interrupted(number)
+                           f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
+    save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
+    stop_if_asked(accelerator, save)
+    if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+        save()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1556,8 +1562,7 @@ def answer_questions(
             done.update({record["qid"]: record for record in new})
             if accelerator.is_main_process:
                 append_jsonl(path, new)
-            if number := asked_to_stop(accelerator):
-                raise Interrupted(number)
+            stop_if_asked(accelerator)
         bar.update(len(chunk))
         right += sum(sum(done[row.qid]["scores"]) for row in chunk)
         bar.set_postfix(accuracy=f"{right / n / (start + len(chunk)):.3f}")

@@ -2125,7 +2125,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_one_before_it_gives_the_same_e
     assert after[: len(before)] == before and len(after) == 6 * 4 * 2  # steps x questions x G
 
 
-def test_a_checkpoint_holds_the_random_states_and_loads_no_foreign_pickle(toy, toy_run, tmp_path, policy, cfg, accelerator):
+def test_a_checkpoint_holds_the_random_states_and_loads_no_foreign_pickle(tmp_path, policy, cfg, accelerator):
     import numpy
 
     model, optimizer = pebr.prepare_training(policy, cfg, accelerator)
@@ -2140,32 +2140,39 @@ def test_a_checkpoint_holds_the_random_states_and_loads_no_foreign_pickle(toy, t
     accelerator.free_memory()
 
 
-def test_two_processes_stop_together_and_one_goes_on_with_the_same_counts(toy, toy_run, tmp_path):
+@pytest.mark.parametrize("launcher", ["DDP", "FSDP2"])
+def test_two_processes_stop_together_and_the_run_goes_on_with_the_same_counts(launcher, toy, toy_run, tmp_path):
     (tmp_path / "toy").symlink_to(toy)
     argv = ["--run_dir", str(tmp_path), "--stage", "reasoning", *LONGER, "--max_steps", "24", "--checkpoint_every", "0",
             "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", pebr.__file__, *argv]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log.txt", "w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as launcher:
-        metrics, end = tmp_path / "reasoning" / "metrics.jsonl", time.monotonic() + 120
+    command, env = (
+        [*LAUNCHERS[launcher], pebr.__file__, *argv],
+        {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    metrics, samples = tmp_path / "reasoning" / "metrics.jsonl", tmp_path / "reasoning" / "samples.jsonl"
+    with open(tmp_path / "log.txt", "w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as started:
+        end = time.monotonic() + 120
         while not (metrics.is_file() and lines(metrics)):
-            assert launcher.poll() is None and time.monotonic() < end, (tmp_path / "log.txt").read_text()[-3000:]
+            assert started.poll() is None and time.monotonic() < end, (tmp_path / "log.txt").read_text()[-3000:]
             time.sleep(0.05)
-        ranks = psutil.Process(launcher.pid).children()
-        ranks[-1].send_signal(signal.SIGTERM)  # to one of them only
-        launcher.wait(60)
-    printed = (tmp_path / "log.txt").read_text()
-    done = len(lines(metrics))
-    assert launcher.returncode and f"exitcode  : {128 + signal.SIGTERM}" in printed and 0 < done < 24
-    assert [path.name for path in pebr.checkpoints(tmp_path / "reasoning")] == [f"checkpoint-{done}"]
-    assert len(list((tmp_path / "reasoning" / f"checkpoint-{done}").glob("random_states_*"))) == 2
-    before = lines(tmp_path / "reasoning" / "samples.jsonl")
+        psutil.Process(started.pid).children()[-1].send_signal(signal.SIGTERM)  # to one of them only
+        started.wait(60)
+    assert started.returncode and f"exitcode  : {128 + signal.SIGTERM}" in (tmp_path / "log.txt").read_text()
+    done, before = len(lines(metrics)), lines(samples)
+    assert 0 < done < 24 and len(before) == done * 4 * 2  # steps x questions x G
+    [checkpoint] = pebr.checkpoints(tmp_path / "reasoning")
+    assert checkpoint.name == f"checkpoint-{done}" and len(list(checkpoint.glob("random_states_*"))) == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stdout := io.StringIO())
-        pebr.main(argv)
-    assert "made by 2 processes, now 1: the same data and counts, but not bit-identical" in stdout.getvalue()
-    after = [json.loads(line) for line in lines(tmp_path / "reasoning" / "samples.jsonl")]
-    assert lines(tmp_path / "reasoning" / "samples.jsonl")[: len(before)] == before
+        if launcher == "DDP":
+            pebr.main(argv)  # on one process
+            assert "made by 2 processes, now 1: the same data and counts, but not bit-identical" in stdout.getvalue()
+        else:
+            with pytest.raises(SystemExit, match="was made with FSDP: start in the same way"):
+                pebr.main(argv)
+            subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+    after = pebr.read_jsonl(samples)
+    assert lines(samples)[: len(before)] == before and pebr.is_finished(tmp_path / "reasoning")
     # 24 steps of 4 questions are 12 epochs of the 8; 2 rollouts each
     assert Counter(sample["qid"] for sample in after) == {f"train{i}": 12 * 2 for i in range(TINY.rl_rows)}
 
