@@ -1141,7 +1141,7 @@ def writing(path: Path):
 def sync(path: Path) -> None:
     """Returns once the file, or what the folder lists, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError) if path.is_dir() else nullcontext():  # some filesystems cannot sync a folder
+    with suppress(OSError) if path.is_dir() else writing(path):  # some filesystems cannot sync a folder
         os.fsync(handle)
     os.close(handle)
 
@@ -1240,6 +1240,8 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
         write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
                                            "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
         write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
+    elif accelerator.is_main_process:
+        remove_leftovers(folder)  # of a run that was killed at the very end
     accelerator.wait_for_everyone()
     if run or asked:
         accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
@@ -1249,14 +1251,20 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
 def finish_stage(folder: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with writing(folder):
-            for path in [*filter(Path.is_file, folder.iterdir()), folder]:
-                sync(path)
+        for path in [*filter(Path.is_file, folder.iterdir()), folder]:
+            sync(path)
         write_json(folder / "stage.json", {**read_record(folder), "finished": str(time.time_ns())})
-        for checkpoint in [*checkpoints(folder), folder / "writing"]:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_leftovers(folder)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Of a finished stage: its checkpoints, and what a kill has left half written (.tmp*: safetensors)."""
+    for path in [*checkpoints(folder), folder / "writing"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".tmp*"):
+        path.unlink()
 
 
 def read_jsonl(path: Path) -> list[dict]:
