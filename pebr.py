@@ -472,6 +472,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
             kwargs |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # see check_policy
             model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **kwargs)
     except Exception as error:  # transformers, tokenizers and safetensors raise whatever goes wrong in them
+        if out_of_memory(error):
+            raise
         message = f"cannot load a vision-language model from {path} ({told(error)}): {folder_advice(path, error)}"
         raise ConfigError(message) from None
     mismatched = [name for name, *_ in found.get("mismatched_keys", [])]
