@@ -42,6 +42,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -51,9 +52,12 @@ import os
 from pathlib import Path
 import resource
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 
 from PIL import Image
@@ -61,8 +65,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
 import psutil
+from safetensors import SafetensorError
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -130,7 +136,9 @@ class Config:
     overwrite: bool = option(False, "redo the stage although its folder is there", RUN)
     log_with: str = option("", "an accelerate tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...", RUN)
     print_every: int = option(10, "steps between two printed sample rollouts (warm-up: between two lines), 0 = never", RUN)
-    checkpoint_every: int = option(5, "steps between checkpoints to resume from, 0 = none", RUN)
+    checkpoint_every: int = option(5, "steps between checkpoints to resume from, 0 = only where a signal stops the run", RUN)
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay until the stage is done", RUN)
+    max_skipped_updates: int = option(3, "stop after so many skipped updates, without a step free of them in between; 0 = never", RUN)
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy", DATA)
     train_data: str = option("toy", "RL questions: the authors' JSON, or JSONL, or toy", DATA)
@@ -296,7 +304,7 @@ def check_config(cfg: Config, num_processes: int) -> None:
         if f.type in (int, float):
             need(0 <= getattr(cfg, f.name) < math.inf, f"--{f.name} {getattr(cfg, f.name)}: must be a number, not negative")
     for name in ("epochs", "max_new_tokens", "micro_batch_size", "min_pixels", "temperature", "sft_batch_size",
-                 "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature"):  # fmt: skip
+                 "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature", "keep_checkpoints"):  # fmt: skip
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
     for name in ("DEEPSPEED", "MEGATRON_LM"):  # what accelerate's launcher and its saved config say
         need(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "false",
@@ -464,6 +472,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
             kwargs |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # see check_policy
             model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **kwargs)
     except Exception as error:  # transformers, tokenizers and safetensors raise whatever goes wrong in them
+        if out_of_memory(error):
+            raise
         message = f"cannot load a vision-language model from {path} ({told(error)}): {folder_advice(path, error)}"
         raise ConfigError(message) from None
     mismatched = [name for name, *_ in found.get("mismatched_keys", [])]
@@ -758,11 +768,27 @@ def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
 
 
 def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None, vocabulary: frozenset = frozenset()) -> None:
-    """Fill in the reward parts (rewards.py). vocabulary: the stage's keywords, with --keyword_precision"""
-    parts = score_parts([r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts], [r.text for r in rollouts],
-                        [len(r.tokens) for r in rollouts], clip, vocabulary)  # fmt: skip
-    for rollout, part in zip(rollouts, parts):
-        rollout.parts = part
+    """Fill in the reward parts (rewards.py). vocabulary: the stage's keywords, with --keyword_precision
+
+    Raises RewardError with the sample if a reward raises or is not a finite number: it is never a 0. [2]
+    """
+
+    def score(some):
+        parts = score_parts([r.prompt.row for r in some], [r.prompt.images for r in some], [r.text for r in some],
+                            [len(r.tokens) for r in some], clip, vocabulary)  # fmt: skip
+        for rollout, rollout.parts in zip(some, parts):
+            if not all(map(math.isfinite, rollout.parts.values())):
+                raise RewardError(rollout, f"not a finite number in {rollout.parts}")
+
+    try:
+        score(rollouts)
+    except Exception as error:
+        for rollout in [] if isinstance(error, RewardError) or out_of_memory(error) else rollouts:  # which one was it?
+            try:
+                score([rollout])
+            except Exception as alone:
+                raise RewardError(rollout, "".join(traceback.format_exception(alone)[-2:])) from alone
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -932,7 +958,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, n
 
 
 def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, loss_of) -> dict[str, float]:
-    """One update: gradients of all micro-batches and processes, clipped; a non-finite norm skips it. Returns summed metrics.
+    """One update: gradients of all micro-batches and processes, clipped; a non-finite norm or loss skips it. Returns summed metrics.
 
     loss_of(micro-batch) -> (loss, metrics), already divided by the counts of the whole update. DDP averages gradients over
     processes, hence the factor. Every process must come with the same number of micro-batches.
@@ -949,11 +975,11 @@ def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, lo
             sums[name] = sums.get(name, 0.0) + value.float()
     norm = accelerator.clip_grad_norm_(trained, cfg.grad_clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    finite = bool(torch.isfinite(norm))
+    sums = {name: float(value) for name, value in zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum"))}
+    finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sums = {name: float(value) for name, value in zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum"))}
     return {**sums, "grad_norm": float(norm), "skipped_updates": 0.0 if finite else 1.0}
 
 
@@ -1022,28 +1048,166 @@ def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Survival: signals, a lock on the run folder, files that are whole or not there, faults that say what to do
+
+
+class RunError(Exception):
+    """The world failed in the middle of a run (memory, disk, a reward, numbers): says what, and how to go on."""
+
+
+class RewardError(RunError):
+    """A reward failed on one response."""
+
+    def __init__(self, rollout: Rollout, reason: str):
+        row = rollout.prompt.row
+        self.sample = {"qid": row.qid, "row": row.where, "problem": row.problem, "answer": row.answer, "response": rollout.text, "error": reason}  # fmt: skip
+        super().__init__(f"the reward failed on question {row.qid} ({row.where}): {reason}\nThe response: {rollout.text[:2000]}")  # fmt: skip
+
+
+class Interrupted(Exception):
+    """A signal (args[0]) has stopped the run; what it had in hand is finished and saved."""
+
+
+class Signals:
+    """Inside, SIGTERM and Ctrl-C are only noted, and the run stops where it can go on later: at the end of a step or a chunk.
+    A second one, a second or more later (launchers pass on what the terminal has sent to all), stops it at once."""
+
+    number = noted = 0
+
+    def __enter__(self):
+        self.number, self.before = 0, {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        if self.number and time.monotonic() - self.noted >= 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.noted = number, time.monotonic()
+            name = signal.Signals(number).name  # os.write: print must not be used inside a signal
+            os.write(2, f"\npebr.py: {name}: stops after the step in hand; once more stops at once\n".encode())
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+SIGNALS = Signals()
+
+
+def stop_if_asked(accelerator: Accelerator, save=lambda: None) -> None:
+    """If some process has noted a signal, save and raise Interrupted: on all processes, so that none waits for another."""
+    if number := int(accelerator.gather(torch.tensor([SIGNALS.number], device=accelerator.device)).max()):
+        save()
+        raise Interrupted(number)
+
+
+@contextmanager
+def run_lock(folder: Path, accelerator: Accelerator):
+    """One run at a time in a run folder: inside, the main process has run.lock, which the kernel frees if the process is killed.
+
+    Raises ConfigError, on all processes, if the folder is in use or cannot be written."""
+    problem, lock = [""], nullcontext()
+    if accelerator.is_main_process:
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = open(folder / "run.lock", "a+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}", file=lock, flush=True)
+        except RunError as error:
+            problem = [str(error)]
+        except BlockingIOError:
+            lock.seek(0)
+            problem = [f"{folder} is in use by {lock.read().strip()}: wait for it, or use another --run_dir"]
+        except OSError as error:
+            print(f"{folder} cannot be locked here ({error}): take care that no two runs use it at once", flush=True)
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise ConfigError(problem[0])
+    with lock:
+        yield
+
+
+@contextmanager
+def writing(path: Path):
+    """Inside, a full disk or a folder that cannot be written raises RunError, which names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # which is how torch.save says it
+            raise
+        raise RunError(f"cannot write {path}: {error}\nMake room, or make it writable. Nothing finished is lost: the same command "
+                       "then goes on from the last checkpoint.") from error  # fmt: skip
+
+
+def sync(path: Path) -> None:
+    """Returns once the file, or what the folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError) if path.is_dir() else writing(path):  # some filesystems cannot sync a folder
+        os.fsync(handle)
+    os.close(handle)
+
+
+OUT_OF_MEMORY = {  # what to lower, by the function that memory ran out in
+    "load_policy": "loading a model: take a smaller --model, more processes that shard it, or (GRPO) --kl_coef 0, which needs no reference model",
+    "load_clip": "loading CLIP: --clip_device cpu keeps it off the GPU, or take a smaller --clip_model",
+    "generate_rollouts": "the rollout: lower --generate_batch_size, then --max_new_tokens",
+    "score_rollouts": "the reward: --clip_device cpu keeps CLIP off the GPU",
+    "rollout_logprobs": "the reference's log-probs: lower --micro_batch_size, then --max_new_tokens and --max_pixels",
+    "optimizer_step": "the update: lower --micro_batch_size, then --max_new_tokens (warm-up: --max_sft_length) and --max_pixels",
+    "save_checkpoint": "writing a checkpoint: raise --checkpoint_every, or free memory of the machine",
+}  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Which flag to lower, told from the function that was at work; "" if the error is another one."""
+    if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+        return ""
+    at_work = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    phases = [text for name, text in OUT_OF_MEMORY.items() if name in at_work]
+    phase = phases[0] if phases else "none of the known phases: lower --micro_batch_size or --max_pixels"
+    return f"out of memory in {phase}. The same command with that flag goes on from the last checkpoint.\n{error}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage folders: what is done, with which settings, and what it was made from
+
+
+def read_record(folder: Path) -> dict | None:
+    """The stage.json of a folder, None without one. Raises ConfigError if it is not what begin_stage has written."""
+    if not Path(folder, "stage.json").is_file():
+        return None
+    with suppress(ValueError):
+        record = json.loads(Path(folder, "stage.json").read_text())
+        if isinstance(record, dict) and {"finished", "settings", "inputs", "from"} <= record.keys():
+            return record
+    raise ConfigError(f"{folder}/stage.json is damaged: delete the folder {folder} to make the stage again")
 
 
 def fingerprint(path: str) -> str:
     """Of a stage's folder: the moment it was finished. Of a file: its content. Of anything else: its name."""
     if os.path.isfile(path):
         return hashlib.sha1(Path(path).read_bytes()).hexdigest()
-    stage = Path(path, "stage.json")
-    if stage.is_file():
-        return json.loads(stage.read_text())["finished"]
+    if record := read_record(path):
+        return record["finished"]
     return os.path.realpath(path) if os.path.isdir(path) else path
 
 
 def is_finished(folder: Path) -> bool:
-    return Path(folder, "stage.json").is_file() and bool(json.loads(Path(folder, "stage.json").read_text())["finished"])
+    return bool((read_record(folder) or {}).get("finished"))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.replace(path)
 
 
 def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
+    replace_file(path, json.dumps(value, indent=1))
 
 
 def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, accelerator: Accelerator) -> bool:
@@ -1055,12 +1219,13 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
     settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
     settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
     inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
-    run, record = True, folder / "stage.json"
-    if accelerator.is_main_process and cfg.overwrite and asked and record.is_file():
-        shutil.rmtree(folder)
+    stop_if_asked(accelerator)
+    run, old = True, folder.with_name(folder.name + ".old")
+    if accelerator.is_main_process and cfg.overwrite and asked and read_record(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder.rename(old))  # renamed first: killed in between, half of it must not pass for a stage
     accelerator.wait_for_everyone()
-    if record.is_file():
-        old = json.loads(record.read_text())
+    if old := read_record(folder):
         run = not old["finished"]
         changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
         if asked or run:
@@ -1072,10 +1237,13 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
                               + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
     accelerator.wait_for_everyone()
     if run and accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
-                            "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
+                                           "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
         write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
+    elif accelerator.is_main_process:
+        remove_leftovers(folder)  # of a run that was killed at the very end
     accelerator.wait_for_everyone()
     if run or asked:
         accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
@@ -1085,13 +1253,20 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
 def finish_stage(folder: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(
-            folder / "stage.json", {**json.loads((folder / "stage.json").read_text()), "finished": str(time.time_ns())}
-        )
-        for checkpoint in checkpoints(folder):
-            shutil.rmtree(checkpoint)
+        for path in [*filter(Path.is_file, folder.iterdir()), folder]:
+            sync(path)
+        write_json(folder / "stage.json", {**read_record(folder), "finished": str(time.time_ns())})
+        remove_leftovers(folder)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Of a finished stage: its checkpoints, and what a kill has left half written (.tmp*: safetensors)."""
+    for path in [*checkpoints(folder), folder / "writing"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".tmp*"):
+        path.unlink()
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -1101,47 +1276,99 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(path)
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, oldest first."""
+    """Oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(folder: Path, step: int, accelerator: Accelerator) -> None:
-    """Model and optimizer after `step` steps; only once it is whole, the one before goes. Random states need no restoring:
-    each rollout step seeds itself, and the warm-up draws nothing but its seeded shuffles."""
-    accelerator.save_state(str(folder / "writing"))
+def torn(checkpoint: Path) -> str:
+    """What a checkpoint lacks of what its complete.json lists; "" for a whole one."""
+    try:
+        files = json.loads((checkpoint / "complete.json").read_text())["files"]
+    except (OSError, ValueError):
+        return "complete.json is missing or broken"
+    sizes = {name: (checkpoint / name).stat().st_size for name in files if (checkpoint / name).is_file()}
+    wrong = [name for name in files if sizes.get(name) != files[name]]
+    return f"{wrong[0]} has {sizes.get(wrong[0], 0)} bytes of {files[wrong[0]]}" if wrong else ""
+
+
+def save_checkpoint(folder: Path, step: int, cfg: Config, accelerator: Accelerator) -> None:
+    """Model, optimizer and the random states of every process after `step` steps. The learning rate, the position in the data
+    and the seeds of the rollouts follow from the step. Older ones go only when the new one is whole and on the disk."""
+    unfinished, target = folder / "writing", folder / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    accelerator.wait_for_everyone()
+    with writing(target):
+        accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        old = checkpoints(folder)
-        (folder / "writing").rename(folder / f"checkpoint-{step}")
-        for checkpoint in old:
+        files = {str(path.relative_to(unfinished)): path.stat().st_size for path in unfinished.rglob("*") if path.is_file()}
+        with writing(target):
+            for path in [*unfinished.rglob("*"), *folder.glob("*.jsonl")]:
+                sync(path)
+            record = {"step": step, "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2, "files": files}
+            write_json(unfinished / "complete.json", record)
+            sync(unfinished)
+            shutil.rmtree(target, ignore_errors=True)  # a torn one
+            unfinished.rename(target)
+            sync(folder)
+        whole = [checkpoint for checkpoint in checkpoints(folder) if not torn(checkpoint)]
+        for checkpoint in set(checkpoints(folder)) - set(whole[-cfg.keep_checkpoints :]):
             shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
-    """Steps already done (0 without a checkpoint). Log lines that are newer than the checkpoint are taken back."""
-    newest = checkpoints(folder)[-1:]
-    step = int(newest[0].name.split("-")[1]) if newest else 0
-    if step:
-        accelerator.load_state(str(newest[0]))
+    """Steps already done (0 without a whole checkpoint). Log lines that are newer than the checkpoint are taken back."""
+    step, found = 0, checkpoints(folder)
+    while found and (problem := torn(found[-1])):
+        accelerator.print(f"{found[-1]} is torn ({problem}): going back to the one before it")
+        found.pop()
+    if found:
+        record = json.loads((found[-1] / "complete.json").read_text())
+        step, processes = record["step"], record["processes"]
+        if record["sharded"] != accelerator.is_fsdp2:
+            raise ConfigError(
+                f"{found[-1]} was made {'with' if record['sharded'] else 'without'} FSDP: start in the same way, or --overwrite"
+            )
+        accelerator.load_state(str(found[-1]))
         accelerator.print(f"resuming after step {step}")
+        if processes != accelerator.num_processes:
+            accelerator.print(f"  made by {processes} processes, now {accelerator.num_processes}: the same data and counts, but not bit-identical, "
+                              "because sums are added up in another order")  # fmt: skip
     if accelerator.is_main_process:
-        for name in ("metrics.jsonl", "samples.jsonl", "timing.jsonl"):
-            write_jsonl(folder / name, [record for record in read_jsonl(folder / name) if record["step"] <= step])
+        for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "timing.jsonl")):
+            if path.is_file():
+                write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
     accelerator.wait_for_everyone()
     return step
+
+
+def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples: list[dict], accelerator) -> None:
+    """After each step, on all processes: stop if too many updates in a row were skipped; a checkpoint if one is due, or if a
+    signal has come, which then stops the run. samples: what this process trained on in the step."""
+    if metrics["skipped_updates"] and cfg.max_skipped_updates:
+        accelerator.wait_for_everyone()
+        last = itertools.takewhile(lambda record: record["skipped_updates"], reversed(read_jsonl(folder / "metrics.jsonl")))
+        skipped, samples = sum(record["skipped_updates"] for record in last), gather_object(samples)
+        if skipped >= cfg.max_skipped_updates:
+            if accelerator.is_main_process:
+                write_json(folder / "non_finite.json", samples)
+            raise RunError(f"step {step}: {skipped:.0f} updates in a row had a non-finite loss or gradient and were skipped. The step's "
+                           f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
+    save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
+    stop_if_asked(accelerator, save)
+    if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+        save()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1298,11 +1525,12 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(examples, cfg), loss_of)
         metrics |= {"learning_rate": lr, "tokens": float(tokens)}
         log_step(folder, cfg, step, total, metrics, {"update": time.perf_counter() - clock}, bar, accelerator)
-        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
-            save_checkpoint(folder, step, accelerator)
+        samples = [{"row": p.row.where, "problem": p.row.problem, "response": p.row.response} for p, _ in examples]
+        end_step(folder, cfg, step, total, metrics, samples, accelerator)
     bar.close()
     pool.shutdown(cancel_futures=True)
-    save_policy(policy, accelerator, model, folder)
+    with writing(folder):
+        save_policy(policy, accelerator, model, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1344,6 +1572,7 @@ def answer_questions(
             done.update({record["qid"]: record for record in new})
             if accelerator.is_main_process:
                 append_jsonl(path, new)
+            stop_if_asked(accelerator)
         bar.update(len(chunk))
         right += sum(sum(done[row.qid]["scores"]) for row in chunk)
         bar.set_postfix(accuracy=f"{right / n / (start + len(chunk)):.3f}")
@@ -1617,10 +1846,12 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         seconds["update"] = time.perf_counter() - clock
         report_rollouts(folder, cfg, step, rollouts, bar, accelerator)
         log_step(folder, cfg, step, total, metrics, seconds, bar, accelerator)
-        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
-            save_checkpoint(folder, step, accelerator)
+        samples = [{"row": r.prompt.row.where, "problem": r.prompt.row.problem, "response": r.text, "reward": str(r.reward)}
+                   for r in rollouts]  # fmt: skip
+        end_step(folder, cfg, step, total, metrics, samples, accelerator)
     bar.close()
-    save_policy(policy, accelerator, model, folder)
+    with writing(folder):
+        save_policy(policy, accelerator, model, folder)
 
 
 def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout], bar, accelerator) -> None:
@@ -1876,7 +2107,8 @@ def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> 
             }
             write_jsonl(path, records)
             if data_path.lower().endswith(".tsv"):
-                write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
+                with writing(path):
+                    write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
     if not scores:
         raise DataError(f"{folder} has no predictions to score")
     write_json(folder / "scores.json", scores)
@@ -1929,8 +2161,8 @@ def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) ->
         return dryrun(cfg, accelerator)
     if stage == "evaluate":
         return run_evaluation(cfg, folder, accelerator)
-    if not asked and (folder / "stage.json").is_file():
-        cfg = replace(cfg, **json.loads((folder / "stage.json").read_text())["from"])
+    if not asked and (record := read_record(folder)):
+        cfg = replace(cfg, **record["from"])
     made = lambda needed: run_stage(needed, flags, False, accelerator)
     if stage == "warmup":
         model, data = cfg.from_model or cfg.model, cfg.from_data or cfg.sft_data
@@ -1993,7 +2225,7 @@ def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
         evaluation_table(Path(data).name, {name: target(name, title) for name in models}) for title, data in files.items()
     ]
     if accelerator.is_main_process and not cfg.from_model:
-        (folder / "table.txt").write_text("\n\n".join(tables) + "\n")
+        replace_file(folder / "table.txt", "\n\n".join(tables) + "\n")
     accelerator.print("\n" + "\n\n".join(tables))
     return str(folder)
 
@@ -2017,35 +2249,54 @@ def start_accelerator(cfg: Config, cpu: bool) -> Accelerator:
     return accelerator
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(sys.argv[1:] if argv is None else argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def run_stages(flags: dict) -> None:
     stage = flags.get("stage", "all")
-    try:
-        if stage not in STAGES and stage != "all":
-            raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
-        if stage == "all" and {"from_model", "from_data"} & flags.keys():
-            raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
-        stages = [name for name in STAGES if name != "dryrun"] if stage == "all" else [stage]
-        configs = [resolve(name, flags) for name in stages]
-        cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
-        num_processes = PartialState(cpu=cpu).num_processes
-        for cfg in configs:  # all of them before the first one starts
-            check_config(cfg, num_processes)
-        torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // num_processes))
-        accelerator = start_accelerator(configs[0], cpu)
+    if stage not in STAGES and stage != "all":
+        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
+    if stage == "all" and {"from_model", "from_data"} & flags.keys():
+        raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
+    stages = [name for name in STAGES if name != "dryrun"] if stage == "all" else [stage]
+    configs = [resolve(name, flags) for name in stages]
+    cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
+    num_processes = PartialState(cpu=cpu).num_processes
+    for cfg in configs:  # all of them before the first one starts
+        check_config(cfg, num_processes)
+    torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // num_processes))
+    accelerator = start_accelerator(configs[0], cpu)
+    with run_lock(Path(configs[0].run_dir), accelerator):
         toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in TOY_PATHS]
         if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
-            build_toy_world(toy, configs[0].seed, ToyConfig())
+            with writing(toy):
+                build_toy_world(toy, configs[0].seed, ToyConfig())
         accelerator.wait_for_everyone()
         for cfg in configs:
             check_files(cfg, accelerator)
         for name in stages:
             run_stage(name, flags, True, accelerator)
         accelerator.end_training()
-    except (ConfigError, DataError) as error:
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exits with 0; 1 and a message for what can be put right; 2 for a flag that is none; 128 + its number after a signal."""
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with SIGNALS:
+            run_stages(flags)
+    except RewardError as error:
+        path = Path(flags.get("run_dir", Config.run_dir), f"reward_error_{PartialState().process_index}.json")
+        write_json(path, error.sample)
+        sys.exit(f"pebr.py: {error}\nIt is saved in {path}.")
+    except (ConfigError, DataError, RunError) as error:
         sys.exit(f"pebr.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if advice := out_of_memory(error):
+            sys.exit(f"pebr.py: {advice}")
+        raise
+    except Interrupted as error:
+        PartialState().print(f"pebr.py: stopped by {signal.Signals(error.args[0]).name}; the same command goes on from here")
+        sys.exit(128 + error.args[0])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a second data set that is not the toy. No network, no GPU, deterministic.
 
 import base64
 from collections import Counter
+from contextlib import nullcontext
 import csv
 from fractions import Fraction
 import io
@@ -20,6 +21,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -1916,6 +1918,492 @@ def test_shuffled_batches_cover_each_epoch_once():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Survival: kills, signals, faults, run folders
+
+
+def in_child(commands, log):
+    """Command lines in a row in this process, as fresh ones; what they print goes into the file log."""
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    for argv in commands:
+        pebr.main([str(word) for word in argv])
+
+
+def start(log, *commands):
+    """A process that runs them: a fork of one that has imported everything, so that a kill costs no start."""
+    log.touch()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["test_pebr"])
+    process = server.Process(target=in_child, args=(commands, str(log)))
+    process.start()
+    return process
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.01)
+
+
+def contents(run_dir):
+    """{name: bytes} of what a run leaves, without clocks, paths and the toy world: the same for two runs with one seed."""
+    skipped = ("timing.jsonl", "stage.json", "run_config.json", "run.lock", "log.txt")
+    files = [path for path in run_dir.rglob("*") if path.is_file() and path.name not in skipped]
+    return {name: path.read_bytes() for path in files if not (name := str(path.relative_to(run_dir))).startswith("toy/")}
+
+
+LONGER = ["--rollout_batch_size", "4", "--update_batch_size", "2", "--group_size", "2", "--max_new_tokens", "16", "--sft_batch_size", "4",
+          "--eval_samples", "2", "--print_every", "0", "--generate_batch_size", "2", "--threads", "1"]  # fmt: skip
+
+
+ALL = ("warmup", "sample", "perception", "reasoning", "evaluate")
+
+
+def stage_by_stage(run_dir, seed, steps):
+    """Command lines of all stages. The untrained model gets nothing right, hence --from_data."""
+    base = ["--run_dir", run_dir, "--seed", seed, "--max_steps", steps, "--checkpoint_every", 1, *LONGER]
+    questions = ["--from_data", run_dir / "toy" / "train.json"]
+    return [[*base, "--stage", stage, *(questions if stage in ("perception", "reasoning") else [])] for stage in ALL]
+
+
+def kill_and_compare(folder, seed, runs, steps, rng):
+    """All stages without a break; then `runs`, lists of stages to be killed (SIGKILL) in at a random moment, each time started
+    again. Returns (where the kills fell, names of all files compared, names of those that differ)."""
+    whole, log, where, compared, differ = folder / "whole", folder / "log.txt", Counter(), [], []
+    start(log).join()  # the imports, once
+    data.build_toy_world(str(whole / "toy"), seed, TINY)
+    clock, process = time.monotonic(), start(log, *stage_by_stage(whole, seed, steps))
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    span, expected = time.monotonic() - clock, contents(whole)
+    for i, targets in enumerate(runs):
+        run_dir = folder / f"killed{i}"
+        data.build_toy_world(str(run_dir / "toy"), seed, TINY)
+        for target in (*targets, "end"):
+            process = start(log, *stage_by_stage(run_dir, seed, steps))
+            begun = rng.choice([f"{target}/run_config.json", f"{target}/*.jsonl", f"{target}/**/*.jsonl"])
+            while process.is_alive() and not any(run_dir.glob(begun)):
+                time.sleep(0.01)
+            process.join(rng.uniform(0, span / 8) if target != "end" else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                at = next((stage for stage in ALL[:4] if not pebr.is_finished(run_dir / stage)), "evaluate")
+                where[at + " while a checkpoint was written" * (run_dir / at / "writing").exists()] += 1
+            else:
+                assert process.exitcode == 0, log.read_text()[-3000:]
+        found = contents(run_dir)
+        compared += expected.keys() | found.keys()
+        differ += [f"{run_dir}/{name}" for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
+        for path in run_dir.rglob("*.jsonl"):
+            assert [json.loads(line) for line in lines(path)], path
+    return where, compared, differ
+
+
+def kills(runs="4", steps="10"):
+    """The long form of the kill test: every stage of so many runs is killed once, for two seeds. Prints a summary."""
+    total = Counter()
+    for seed in (0, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            clock = time.monotonic()
+            where, compared, differ = kill_and_compare(
+                Path(folder), seed, [ALL] * int(runs), int(steps), random.Random(seed)
+            )
+        total += where
+        print(f"\nseed {seed}: {where.total()} kills in {runs} runs, {time.monotonic() - clock:.0f} s; "
+              f"{len(compared)} files compared, {len(differ)} differ {differ}", flush=True)  # fmt: skip
+    print(f"{total.total()} kills:", ", ".join(f"{count} in {name}" for name, count in total.most_common()))
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_files_of_one_that_is_not(tmp_path):
+    where, compared, differ = kill_and_compare(
+        tmp_path, 0, [("warmup", "sample", "perception", "evaluate")], 3, random.Random(5)
+    )
+    assert where.total() >= 2 and differ == []  # the last one may come too late
+    assert {"warmup/model.safetensors", "sample/rollouts.jsonl", "perception/samples.jsonl", "evaluate/table.txt"} <= set(
+        compared
+    )
+
+
+@pytest.mark.parametrize(
+    "stage, number", [("warmup", signal.SIGTERM), ("perception", signal.SIGINT), ("sample", signal.SIGTERM)]
+)
+def test_a_signal_ends_the_step_in_hand_and_the_same_command_goes_on_to_the_same_files(
+    stage, number, toy, toy_run, tmp_path
+):
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "toy").symlink_to(toy)
+    common = ["--stage", stage, *LONGER, "--max_steps", "12", "--checkpoint_every", "0"]
+    common += ["--from_model", str(toy_run / "warmup" if stage != "warmup" else toy / "model")]
+    common += ["--from_data", str(toy / "train.json")] if stage == "perception" else []
+    pebr.main(["--run_dir", str(tmp_path / "whole"), *common])
+    command = ["--run_dir", str(tmp_path / "stopped"), *common]
+    written = tmp_path / "stopped" / stage / ("rollouts.jsonl" if stage == "sample" else "metrics.jsonl")
+    process = start(tmp_path / "log.txt", command)
+    wait_for(lambda: written.is_file() and lines(written), process)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    assert f"stopped by {number.name}; the same command goes on" in (tmp_path / "log.txt").read_text()
+    done = len(lines(written))
+    assert 0 < done < (TINY.rl_rows if stage == "sample" else 12)
+    assert stage == "sample" or [path.name for path in pebr.checkpoints(written.parent)] == [f"checkpoint-{done}"]
+    pebr.main(command)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(toy, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    command = [
+        "--run_dir",
+        tmp_path,
+        "--stage",
+        "dryrun",
+        *LONGER,
+        "--max_new_tokens",
+        "50000",
+        "--max_prompt_length",
+        "99",
+    ]  # no response ends early
+    process = start(tmp_path / "log.txt", command)
+    wait_for(lambda: "needed on each process" in (tmp_path / "log.txt").read_text(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)  # within a second: a launcher that passes on what the terminal has sent already
+    process.join(1.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130
+
+
+def test_handlers_are_those_from_before_when_main_is_done(toy_run):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run(toy_run, "--stage", "warmup", *SMALL)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def interrupted(toy, toy_run, run_dir, *argv):
+    """Perception, stopped after its fourth step as by a signal, with a checkpoint after each. Returns the command line."""
+    (run_dir / "toy").symlink_to(toy)
+    command = ["--stage", "perception", *LONGER, "--max_steps", "6", "--checkpoint_every", "1", *argv,
+               "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
+    whole_step = pebr.log_step
+
+    def log_step(folder, cfg, step, *rest):
+        whole_step(folder, cfg, step, *rest)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(pebr, "log_step", log_step)
+        run(run_dir, *command)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    return command
+
+
+@pytest.mark.parametrize(
+    "tear, message",
+    [
+        (lambda path: (path / "complete.json").unlink(), "complete.json is missing or broken"),
+        (lambda path: (path / "complete.json").write_text('{"step"'), "complete.json is missing or broken"),
+        (lambda path: (path / "optimizer.bin").unlink(), "optimizer.bin has 0 bytes of"),
+        (lambda path: os.truncate(path / "model.safetensors", 1000), "model.safetensors has 1000 bytes of"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over_and_the_one_before_it_gives_the_same_end(
+    tear, message, toy, toy_run, tmp_path, capsys
+):
+    command = interrupted(toy, toy_run, tmp_path)
+    assert [path.name for path in pebr.checkpoints(tmp_path / "perception")] == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]  # 2 are kept
+    before = lines(tmp_path / "perception" / "samples.jsonl")
+    tear(tmp_path / "perception" / "checkpoint-4")
+    run(tmp_path, *command)
+    printed = capsys.readouterr().out
+    assert f"checkpoint-4 is torn ({message}" in printed and "resuming after step 3" in printed
+    after = lines(tmp_path / "perception" / "samples.jsonl")
+    assert after[: len(before)] == before and len(after) == 6 * 4 * 2  # steps x questions x G
+
+
+def test_a_checkpoint_holds_the_random_states_and_loads_no_foreign_pickle(tmp_path, policy, cfg, accelerator):
+    import numpy
+
+    model, optimizer = pebr.prepare_training(policy, cfg, accelerator)
+    draw = lambda: (torch.rand(1).item(), random.random(), numpy.random.rand())
+    pebr.save_checkpoint(tmp_path, 7, cfg, accelerator)
+    drawn = draw()
+    assert pebr.load_checkpoint(tmp_path, accelerator) == 7 and draw() == drawn
+    torch.save({"state": Payload(tmp_path / "ran"), "param_groups": []}, tmp_path / "checkpoint-7" / "optimizer.bin")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        accelerator.load_state(str(tmp_path / "checkpoint-7"))
+    assert not (tmp_path / "ran").exists()
+    accelerator.free_memory()
+
+
+@pytest.mark.parametrize("launcher", ["DDP", "FSDP2"])
+def test_two_processes_stop_together_and_the_run_goes_on_with_the_same_counts(launcher, toy, toy_run, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--run_dir", str(tmp_path), "--stage", "reasoning", *LONGER, "--max_steps", "24", "--checkpoint_every", "0",
+            "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
+    command, env = (
+        [*LAUNCHERS[launcher], pebr.__file__, *argv],
+        {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    metrics, samples = tmp_path / "reasoning" / "metrics.jsonl", tmp_path / "reasoning" / "samples.jsonl"
+    with open(tmp_path / "log.txt", "w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as started:
+        end = time.monotonic() + 120
+        while not (metrics.is_file() and lines(metrics)):
+            assert started.poll() is None and time.monotonic() < end, (tmp_path / "log.txt").read_text()[-3000:]
+            time.sleep(0.05)
+        psutil.Process(started.pid).children()[-1].send_signal(signal.SIGTERM)  # to one of them only
+        started.wait(60)
+    assert started.returncode and f"exitcode  : {128 + signal.SIGTERM}" in (tmp_path / "log.txt").read_text()
+    done, before = len(lines(metrics)), lines(samples)
+    assert 0 < done < 24 and len(before) == done * 4 * 2  # steps x questions x G
+    [checkpoint] = pebr.checkpoints(tmp_path / "reasoning")
+    assert checkpoint.name == f"checkpoint-{done}" and len(list(checkpoint.glob("random_states_*"))) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout := io.StringIO())
+        if launcher == "DDP":
+            pebr.main(argv)  # on one process
+            assert "made by 2 processes, now 1: the same data and counts, but not bit-identical" in stdout.getvalue()
+        else:
+            with pytest.raises(SystemExit, match="was made with FSDP: start in the same way"):
+                pebr.main(argv)
+            subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+    after = pebr.read_jsonl(samples)
+    assert lines(samples)[: len(before)] == before and pebr.is_finished(tmp_path / "reasoning")
+    # 24 steps of 4 questions are 12 epochs of the 8; 2 rollouts each
+    assert Counter(sample["qid"] for sample in after) == {f"train{i}": 12 * 2 for i in range(TINY.rl_rows)}
+
+
+@pytest.mark.parametrize("stage", ["warmup", "reasoning"])
+def test_too_many_skipped_updates_in_a_row_stop_the_run_and_save_the_samples(stage, toy, toy_run, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", stage, *LONGER, "--learning_rate", "1e30", "--max_steps", "9", "--from_model", str(toy / "model"),
+            "--lr_warmup", "0", "--from_data", str(toy / ("sft.json" if stage == "warmup" else "train.json"))]  # fmt: skip
+    with pytest.raises(
+        SystemExit, match=r"had a non-finite loss or gradient and were skipped. The step's samples are in .*non_finite.json"
+    ):
+        run(tmp_path, *argv, "--max_skipped_updates", "4")
+    skipped = [json.loads(line)["skipped_updates"] for line in lines(tmp_path / stage / "metrics.jsonl")]
+    # the first update makes the weights huge. warm-up: then one skip a step. reasoning: its first step has a second update
+    assert skipped == ([0, 1, 1, 1, 1] if stage == "warmup" else [1, 2, 2])
+    samples = json.loads((tmp_path / stage / "non_finite.json").read_text())
+    assert len(samples) == (4 if stage == "warmup" else 4 * 2) and all(sample["row"] for sample in samples)
+
+
+def run_out_of_memory_in_the_rollout(policy, cfg, tmp_path, accelerator):
+    endless = pebr.replace(cfg, max_new_tokens=10**13)
+    pebr.generate_rollouts(policy, prompts_of(policy, cfg, tmp_path), 2, endless, accelerator, 1.0)
+
+
+def run_out_of_memory_in_the_update(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [3, 3], [1, -1])
+    rollouts[0].tokens = torch.zeros(1, dtype=torch.long).expand(10**13)
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    pebr.update_policy(rollouts, policy, optimizer, pebr.replace(cfg, kl_coef=0.0), accelerator, off_policy=False)
+
+
+def run_out_of_memory_in_the_reference(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [3, 3], [1, -1])
+    rollouts[0].tokens = torch.zeros(1, dtype=torch.long).expand(10**13)
+    pebr.add_reference(rollouts, policy, cfg, accelerator)
+
+
+def run_out_of_memory_while_loading(policy, cfg, tmp_path, accelerator):
+    policy.processor.save_pretrained(tmp_path)
+    config = policy.model.config.to_dict()
+    config["text_config"]["vocab_size"] = 10**12
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pebr.load_policy(str(tmp_path), pebr.replace(cfg, random_init=True))
+
+
+def run_out_of_memory_in_the_reward(policy, cfg, tmp_path, accelerator):
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [3, 3], [1, -1])
+    with pytest.MonkeyPatch.context() as patch:  # somebody's own reward
+        patch.setattr(rewards, "length_reward", lambda tokens: bytes(10**15))
+        pebr.score_rollouts(rollouts, None)
+
+
+@pytest.mark.parametrize(
+    "work, advice",
+    [
+        (run_out_of_memory_in_the_rollout, "the rollout: lower --generate_batch_size"),
+        (run_out_of_memory_in_the_update, "the update: lower --micro_batch_size"),
+        (run_out_of_memory_in_the_reference, "the reference's log-probs: lower --micro_batch_size"),
+        (run_out_of_memory_while_loading, "loading a model: take a smaller --model"),
+        (run_out_of_memory_in_the_reward, "the reward: --clip_device cpu"),
+    ],
+)
+def test_out_of_memory_says_which_flag_to_lower(work, advice, policy, cfg, tmp_path, accelerator):
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        work(policy, cfg, tmp_path, accelerator)
+    assert f"out of memory in {advice}" in pebr.out_of_memory(error.value)
+    assert all(callable(getattr(pebr, name)) for name in pebr.OUT_OF_MEMORY)
+    named = {word.strip(".,:;()") for text in pebr.OUT_OF_MEMORY.values() for word in text.split() if word.startswith("--")}
+    assert {name.removeprefix("--") for name in named} <= {f.name for f in pebr.fields(Config)}
+
+
+def test_out_of_memory_stops_the_script_with_the_advice(toy, toy_run, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    with pytest.raises(SystemExit, match="pebr.py: out of memory in the rollout: lower --generate_batch_size"):
+        run(tmp_path, "--stage", "sample", *LONGER, "--from_model", str(toy_run / "warmup"), "--max_new_tokens", str(10**13))
+    assert not pebr.out_of_memory(RuntimeError("another error")) and not pebr.out_of_memory(KeyError("x"))
+
+
+def test_a_full_disk_names_the_path_and_leaves_the_checkpoints_usable(toy, toy_run, tmp_path):
+    command = interrupted(toy, toy_run, tmp_path)
+    folder = tmp_path / "perception"
+    before = lines(folder / "samples.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the next checkpoint's files are longer
+    try:
+        with pytest.raises(SystemExit, match=rf"cannot write {folder}/checkpoint-5: .*\nMake room, or make it writable"):
+            run(tmp_path, *command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in pebr.checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
+    (folder / "timing.jsonl").unlink()
+    (folder / "timing.jsonl").symlink_to("/dev/full")  # a device that is always full
+    with pytest.raises(SystemExit, match=rf"cannot write {folder}/timing.jsonl: .*No space left on device"):
+        run(tmp_path, *command, "--keep_checkpoints", "3")
+    (folder / "timing.jsonl").unlink()
+    run(tmp_path, *command)
+    assert lines(folder / "samples.jsonl")[: len(before)] == before and pebr.is_finished(folder)
+
+
+@pytest.mark.parametrize("broken", ["raises", "is not a number"])
+def test_a_reward_that_fails_stops_the_run_and_saves_the_sample(broken, toy, toy_run, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(toy)
+    # somebody's own reward, which cannot do with a response of 16 tokens
+    monkeypatch.setattr(
+        rewards, "length_reward", lambda tokens: 1.0 / (tokens - 16) if broken == "raises" or tokens != 16 else math.nan
+    )
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, "--stage", "sample", *LONGER, "--from_model", str(toy_run / "warmup"))
+    sample = json.loads((tmp_path / "reward_error_0.json").read_text())
+    assert f"the reward failed on question {sample['qid']}" in str(stopped.value)
+    assert sample["response"] in str(stopped.value) and "reward_error_0.json" in str(stopped.value)
+    assert ("ZeroDivisionError" if broken == "raises" else "not a finite number") in sample["error"]
+    answered = pebr.read_jsonl(tmp_path / "sample" / "rollouts.jsonl")  # what came before stays; no 0 in this one's place
+    assert sample["qid"] not in [record["qid"] for record in answered]
+
+
+def test_final_folders_have_the_layout_that_transformers_and_vllm_load(toy_run):
+    from safetensors import safe_open
+    import transformers
+
+    for stage in ("warmup", "perception", "reasoning"):
+        folder = toy_run / stage
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                "chat_template.jinja"} <= names  # fmt: skip
+        assert names & {"preprocessor_config.json", "processor_config.json"}  # the processor's, by transformers' version
+        assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl", ".tmp"))} and not any(
+            "checkpoint" in n for n in names
+        )
+        config = json.loads((folder / "config.json").read_text())
+        assert hasattr(transformers, config["architectures"][0]) and config["model_type"] == "qwen2_5_vl"
+        with (
+            safe_open(folder / "model.safetensors", "pt") as weights,
+            safe_open(toy_run / "toy/model/model.safetensors", "pt") as hub,
+        ):
+            assert weights.metadata() == {"format": "pt"} and set(weights.keys()) == set(
+                hub.keys()
+            )  # the base model's names
+
+
+def locked_by_a_live_process(run_dir, toy_run):
+    code = "import pebr, sys, time; accelerator = pebr.Accelerator(cpu=True)\n"
+    code += "with pebr.run_lock(pebr.Path(sys.argv[1]), accelerator): print('locked', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, run_dir], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def no_folder_but_a_file(run_dir, toy_run):
+    (run_dir / "toy").unlink()
+    run_dir.rmdir()
+    run_dir.write_text("")
+
+
+def a_stage_that_is_a_file(run_dir, toy_run):
+    (run_dir / "warmup").write_text("")
+
+
+def read_only(run_dir, toy_run):
+    run_dir.chmod(0o555)
+
+
+def damaged(text):
+    def stage_json(run_dir, toy_run):
+        (run_dir / "warmup").mkdir()
+        (run_dir / "warmup" / "stage.json").write_text(text)
+
+    return stage_json
+
+
+def of_another_config(run_dir, toy_run):
+    damaged((toy_run / "warmup" / "stage.json").read_text().replace('"learning_rate": 0.002', '"learning_rate": 0.5'))(
+        run_dir, toy_run
+    )
+
+
+def half_a_stage(run_dir, toy_run):
+    record = json.loads((toy_run / "warmup" / "stage.json").read_text())
+    damaged(json.dumps({**record, "finished": ""}))(run_dir, toy_run)
+    (run_dir / "warmup" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.9, "skipped_updates": 0.0}\n{"st')
+    (run_dir / "warmup" / "checkpoint-1").mkdir()
+    (run_dir / "warmup" / "writing").mkdir()
+
+
+RUN_FOLDERS = [  # what the folder is like, and the message; none: the run goes through
+    (locked_by_a_live_process, r"is in use by process \d+ on .*, started .*: wait for it, or use another --run_dir"),
+    (no_folder_but_a_file, "cannot write .*File exists"),
+    (a_stage_that_is_a_file, "cannot write .*warmup: .*File exists"),
+    (read_only, "cannot write .*Permission denied"),
+    (damaged(""), "warmup/stage.json is damaged: delete the folder"),
+    (damaged("[1]"), "warmup/stage.json is damaged: delete the folder"),
+    (damaged('{"finished": "1"}'), "warmup/stage.json is damaged: delete the folder"),
+    (damaged('{"stage": "warm'), "warmup/stage.json is damaged: delete the folder"),
+    (of_another_config, "learning_rate was 0.5, now 0.002"),
+    (half_a_stage, None),
+]
+
+
+@pytest.mark.parametrize("change, message", RUN_FOLDERS)
+def test_run_folders(change, message, toy, toy_run):
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only its owner may enter
+        os.chmod(folder, 0o755)
+        run_dir = Path(folder, "run")
+        run_dir.mkdir()
+        (run_dir / "toy").symlink_to(toy)
+        process = change(run_dir, toy_run)
+        user = os.geteuid()
+        if user == 0 and change is read_only:
+            os.seteuid(65534)  # root may write everywhere
+        try:
+            with pytest.raises(SystemExit, match=message) if message else nullcontext():
+                run(run_dir, "--stage", "warmup", *SMALL)
+        finally:
+            os.seteuid(user)
+        if process:  # killed, it holds nothing any more: the kernel has freed the lock
+            process.kill()
+            process.communicate()
+            run(run_dir, "--stage", "warmup", *SMALL)
+        if process or not message:
+            assert contents(run_dir).keys() == {n for n in contents(toy_run) if n.startswith("warmup/")}
+            assert lines(run_dir / "warmup" / "metrics.jsonl") == lines(toy_run / "warmup" / "metrics.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Benchmarks: files in the layouts that people have, scored to figures computed by hand
 
 
@@ -3420,7 +3908,7 @@ def print_graders():
 
 
 COMMANDS = {"hacks": print_hacks, "graders": print_graders, "trl": bench_trl, "train_with_trl": train_with_trl,
-            "train_with_pebr": train_with_pebr, "imports": imports, "clip": bench_clip, "fuzz": fuzz}  # fmt: skip
+            "train_with_pebr": train_with_pebr, "imports": imports, "clip": bench_clip, "fuzz": fuzz, "kills": kills}  # fmt: skip
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](*sys.argv[2:])
