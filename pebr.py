@@ -12,8 +12,8 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
 
 Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir and takes
 its model and data from the stages before it, which are made first if they are missing (evaluate scores what there is). The
-file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, stage folders, what the stages
-share, warm-up, sampling, GRPO, evaluation, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
+file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, survival, stage folders, what
+the stages share, warm-up, sampling, GRPO, evaluation, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
 Where this departs from the paper's released code, and why:
  [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed, 3 or three alike.
@@ -763,6 +763,8 @@ def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
         if not math.isfinite(clip.cosines([[Image.new("RGB", (112, 112))]], ["a picture"])[0]):
             raise ValueError("its embeddings are not finite: its weights are broken")
     except Exception as error:  # open_clip raises whatever goes wrong in it
+        if out_of_memory(error):
+            raise
         raise ConfigError(f"--clip_model {cfg.clip_model}: {told(error)}") from None
     return clip
 
@@ -1220,10 +1222,14 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
     settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
     inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
     stop_if_asked(accelerator)
-    run, old = True, folder.with_name(folder.name + ".old")
-    if accelerator.is_main_process and cfg.overwrite and asked and read_record(folder):
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(folder.rename(old))  # renamed first: killed in between, half of it must not pass for a stage
+    run, removed = True, folder.with_name(f".{folder.name}.removed")
+    if accelerator.is_main_process:
+        shutil.rmtree(removed, ignore_errors=True)
+        if (
+            cfg.overwrite and asked and read_record(folder)
+        ):  # renamed first: if this is killed, half of it must not pass for a stage
+            with writing(folder):
+                shutil.rmtree(folder.rename(removed))
     accelerator.wait_for_everyone()
     if old := read_record(folder):
         run = not old["finished"]
@@ -1293,7 +1299,7 @@ def torn(checkpoint: Path) -> str:
     """What a checkpoint lacks of what its complete.json lists; "" for a whole one."""
     try:
         files = json.loads((checkpoint / "complete.json").read_text())["files"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):
         return "complete.json is missing or broken"
     sizes = {name: (checkpoint / name).stat().st_size for name in files if (checkpoint / name).is_file()}
     wrong = [name for name in files if sizes.get(name) != files[name]]
