@@ -32,8 +32,10 @@ Where this departs from the paper's released code, and why:
  [8] A group without spread has advantage exactly 0, not rounding noise divided by epsilon. It keeps its KL term.
  [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops and counts such rows.
 [10] Sampling allows prompts of 8192 tokens: its own pixel limit (4,194,304) is up to 5,350 image tokens, more than 2048.
-[11] A prompt and its pictures go through the model once per group, in rollouts and in updates. Their updates repeat them.
+[11] A prompt and its pictures go through the model once per group (FAST_FAMILIES), in rollouts and in updates. Theirs repeat them.
 [12] The instruction around a question is worded anew, with the same headings; --prompt_file takes theirs.
+[13] Old log-probs are those that the sampler computed, theirs are of one more forward. The difference is logged: sampler_gap.
+[14] Answers are graded by a grader of our own. Theirs, mathruler, disagrees with a person on a third of clear pairs (README).
 Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so rollouts come from a
 slightly narrower distribution than the one that is scored.
 """
@@ -100,8 +102,10 @@ from data import (
     chat_messages,
     default_image_root,
     filter_warmup_rows,
+    load_image,
+    load_rows,
+    write_tsv_predictions,
 )
-from data import load_image, load_rows, write_tsv_predictions
 from rewards import (
     BENCHMARKS,
     STAGE_REWARDS,
@@ -111,8 +115,8 @@ from rewards import (
     parse_response,
     score_parts,
     score_predictions,
+    total_reward,
 )
-from rewards import total_reward
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags come last and are made from the fields.
@@ -242,6 +246,11 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+SCALED_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+)  # in configs of families that head_logprobs cannot follow
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -356,9 +365,7 @@ class Prompt:
     row: Row
     images: list  # PIL, for CLIP
     inputs: dict[str, torch.Tensor]
-    position: int = (
-        0  # of the question in the step or the file: its rollouts are seeded by it, on whatever process they are made
-    )
+    position: int = 0  # of the question in the step or the file: what its rollouts are seeded by, on whatever process
 
 
 class Policy(torch.nn.Module):
@@ -398,9 +405,8 @@ class Policy(torch.nn.Module):
         chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
                   for h, i in zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))]  # fmt: skip
         logprobs, entropy = (torch.cat(values) for values in zip(*chunks))  # (tokens,)
-        if (
-            torch.distributed.is_initialized()
-        ):  # processes exchange the vision tower's gradient, whether they saw pictures or not
+        if torch.distributed.is_initialized():
+            # Processes exchange the vision tower's gradient, whether their batch had pictures or not.
             logprobs = logprobs + 0.0 * sum(p.sum() for p in vision_parameters(self.model) if p.requires_grad)
         zeros = torch.zeros(mask.shape, device=self.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
@@ -478,6 +484,11 @@ def load_policy(path: str, cfg: Config) -> Policy:
         raise ConfigError(message) from None
     mismatched = [name for name, *_ in found.get("mismatched_keys", [])]
     check_policy(path, model, processor, sorted(found.get("missing_keys", [])) + mismatched)
+    scaled = [name for name in SCALED_LOGITS if getattr(model.config.get_text_config(), name, None) not in (None, 1)]
+    if scaled:
+        raise ConfigError(
+            f"{path}: its logits are changed after the last layer ({', '.join(scaled)}), which log-probs here do not follow"
+        )
     windows = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
     fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES and not windows
     if fast:
@@ -595,7 +606,7 @@ def generate_rollouts(
     What is sampled follows from `seed` and the prompts' positions, not from the batch or the process that they are in.
     """
     policy.eval()
-    rollouts, size = [], max(1, generate_batch_size(policy, cfg, accelerator) // n)
+    rollouts, size = [], generate_batch_size(policy, cfg, accelerator, n) // n
     with gathered(policy):
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
@@ -732,8 +743,8 @@ def sample_tokens(
     """One token per row of logits (B, V), chosen by noise (B, 8), and its log-prob under the full softmax at the temperature.
 
     That log-prob is what the training forward computes for the token: it is taken before the ban and before top-p.
-    temperature 0: the most likely token. Top-p by rejection, exact and without sorting the vocabulary: a token is outside if
-    more likely ones hold top_p; then the row draws again, from those.
+    temperature 0: the most likely token. Top-p by rejection, without sorting the vocabulary: a token is outside if more likely
+    ones hold top_p; then the row draws again, from those. (After eight refusals, all but impossible, it takes the likeliest.)
     """
     logits = logits.float() / (temperature or 1.0)
     logprobs, allowed = logits.log_softmax(-1), logits.clone()
@@ -746,9 +757,8 @@ def sample_tokens(
             drawn = torch.searchsorted(heap, u[rows, None] * heap[:, -1:], right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
             p_drawn = p.gather(-1, drawn)
             more_likely = torch.where(p > p_drawn, p, 0.0)
-            inside = (more_likely.sum(-1) < top_p) & (
-                p_drawn[:, 0] > 0
-            )  # a sum over the vocabulary may round to just under 1
+            # p_drawn > 0, because of rounding in the sum over the vocabulary
+            inside = (more_likely.sum(-1) < top_p) & (p_drawn[:, 0] > 0)
             tokens[rows[inside]] = drawn[inside, 0]
             p, rows = more_likely[~inside], rows[~inside]
             if not len(rows):
@@ -778,7 +788,8 @@ def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None, vocabulary:
     def score(some):
         parts = score_parts([r.prompt.row for r in some], [r.prompt.images for r in some], [r.text for r in some],
                             [len(r.tokens) for r in some], clip, vocabulary)  # fmt: skip
-        for rollout, rollout.parts in zip(some, parts):
+        for rollout, part in zip(some, parts):
+            rollout.parts = part
             if not all(map(math.isfinite, rollout.parts.values())):
                 raise RewardError(rollout, f"not a finite number in {rollout.parts}")
 
@@ -909,7 +920,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, divide_by_std: bo
 
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4 ("low_var_kl")."""
-    d = ref_logprobs - logprobs
+    d = (ref_logprobs - logprobs).clamp(-20, 20)
     return d.exp() - d - 1
 
 
@@ -932,7 +943,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, n
     logprobs, old_logprobs, ref_logprobs (or None), mask, weights: (B, C); advantages: (B,); num_tokens: of the whole update.
     Returns (loss, metrics): both add up over micro-batches and processes, metrics to means over tokens.
     """
-    log_ratio = logprobs - old_logprobs
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # an infinite ratio would make a NaN of the gradient
     if cfg.ratio == "sequence":  # GSPO: the geometric mean over the response, the same for each of its tokens
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
     ratio = log_ratio.exp()
@@ -999,9 +1010,7 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         plugin = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = [type(text_layers(policy)[0]).__name__]
         plugin.mixed_precision_policy = fsdp_precision(cfg)
-        plugin.cpu_ram_efficient_loading = (
-            False  # else processes other than the first have no weights, nor has their reference
-        )
+        plugin.cpu_ram_efficient_loading = False  # else only the first process has weights for its reference model
     trained = [p for p in policy.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(
         policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -1555,10 +1564,8 @@ def answer_questions(
     done = {record["qid"]: record for record in earlier[0]}
     if accelerator.is_main_process and done:
         write_jsonl(path, list(done.values()))  # without a torn last line
-    instruction, width = (
-        read_instruction(cfg),
-        max(1, generate_batch_size(policy, cfg, accelerator) // n) * accelerator.num_processes,
-    )
+    instruction = read_instruction(cfg)
+    width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
     for start in range(0, len(rows), width):
         chunk = rows[start : start + width]
@@ -1615,15 +1622,14 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     )
     split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
     right = [int(sum(record["scores"])) for record in records]
+    root = cfg.image_root or default_image_root(data_path)
     summary = {
         "questions": len(rows),
         **{name: len(part) for name, part in split.items()},
         "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
         "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
         "truncated": round(sum(sum(record["truncated"]) for record in records) / len(records) / cfg.group_size, 4),
-        "image_root": os.path.relpath(
-            os.path.abspath(cfg.image_root or default_image_root(data_path)), os.path.abspath(folder)
-        ),  # of the three files
+        "image_root": os.path.relpath(os.path.abspath(root), os.path.abspath(folder)),  # of the three files
     }
     if accelerator.is_main_process:
         for name, part in split.items():
@@ -1676,7 +1682,7 @@ def collect_rollouts(
 
 
 UPDATE_METRICS = (
-    "loss", "kl", "entropy", "clipped_low", "clipped_high", "clipped_dual", "grad_norm", "skipped_updates", "masked_updates",
+    "loss", "kl", "entropy", "clipped_low", "clipped_high", "clipped_dual", "grad_norm", "sampler_gap", "skipped_updates", "masked_updates",
 )  # fmt: skip
 
 
@@ -1697,14 +1703,16 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
 
     def loss_of(batch: list[Rollout]):
         logprobs, entropy, mask = model([r.prompt for r in batch], [r.tokens for r in batch], cfg.temperature)
-        old = padded([r.old_logprobs for r in batch]) if off_policy else logprobs.detach()  # on-policy: ratio exactly 1
+        sampled = padded([r.old_logprobs for r in batch])
+        old = sampled if off_policy else logprobs.detach()  # on-policy: ratio exactly 1
         ref = padded([r.ref_logprobs for r in batch]) if cfg.kl_coef else None
         mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
         weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
         loss, metrics = grpo_loss(
             logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, tokens, cfg
         )
-        return loss, {**metrics, "entropy": (entropy * mask).sum() / tokens}
+        means = {"entropy": entropy, "sampler_gap": (logprobs.detach() - sampled).abs()}
+        return loss, {**metrics, **{name: (values * mask).sum() / tokens for name, values in means.items()}}
 
     metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(rollouts, cfg), loss_of)
     return dict.fromkeys(UPDATE_METRICS, 0.0) | metrics
@@ -1725,7 +1733,8 @@ def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg
         off_policy = start > 0  # at the first update the policy is still the one that sampled
         updates.append(update_policy(rollouts[start : start + size], model, optimizer, cfg, accelerator, off_policy))
     metrics = {name: sum(update[name] for update in updates) for name in UPDATE_METRICS}
-    return {name: value if name.endswith("_updates") else value / len(updates) for name, value in metrics.items()}
+    metrics = {name: value if name.endswith("_updates") else value / len(updates) for name, value in metrics.items()}
+    return {**metrics, "sampler_gap": updates[0]["sampler_gap"]}  # later updates have moved away from the sampler
 
 
 def gather_in_order(rollouts: list[Rollout], records: list[dict]) -> list[dict]:
@@ -1799,7 +1808,7 @@ def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Po
         return reference.to(accelerator.device, dtype)
     reference = reference.to(dtype)  # sharded by torch, because accelerate shards only what has an optimizer
     for module in (*text_layers(reference), reference):
-        fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return reference
 
 
@@ -1829,7 +1838,8 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
     model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = load_reference(model_path, cfg, accelerator)
     clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
-    vocabulary = keyword_set([word for row in rows if cfg.keyword_precision for word in row.key_words])
+    precision = cfg.keyword_precision and "keyword" in reward_weights
+    vocabulary = keyword_set([word for row in rows if precision for word in row.key_words])
     if clip and accelerator.is_main_process and not (folder / "clip_calibration.json").is_file():
         report_calibration(clip, rows, cfg, folder)
     accelerator.wait_for_everyone()
@@ -1880,43 +1890,48 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
 # Memory: what a step will need, before it needs it
 
 
-def kv_bytes(policy: Policy, cfg: Config) -> int:
-    """Bytes of KV cache for one response at full length. The fast engine holds a prompt once per group."""
+def kv_bytes(policy: Policy, cfg: Config, n: int) -> int:
+    """Bytes of KV cache for one response of n to a prompt, at full length. The fast engine holds the prompt once."""
     text = policy.model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if cfg.mixed_precision == "bf16" else 4)
-    return per_token * (cfg.max_prompt_length // (cfg.group_size if policy.fast else 1) + cfg.max_new_tokens)
+    return per_token * (cfg.max_prompt_length // (n if policy.fast else 1) + cfg.max_new_tokens)
 
 
 def device_bytes(accelerator: Accelerator) -> int:
+    """Of this process's GPU; of the machine's memory its share."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_properties(accelerator.device).total_memory
-    return psutil.virtual_memory().total // accelerator.num_processes
+    return psutil.virtual_memory().total // local_processes()
+
+
+def local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def held_bytes(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, int]:
-    """What a process holds all the time in GRPO, and the copy of the weights that it computes with."""
+    """What a process holds all the time, and the copy of the weights that it computes with (gathered, or autocast's)."""
     weights, computes = sum(p.numel() for p in policy.parameters()), 2 if cfg.mixed_precision == "bf16" else 4
+    if cfg.stage not in (*STAGE_REWARDS, "dryrun"):  # sampling, evaluation
+        return {"weights": 4 * weights, "copy of the weights": 2 * weights if computes == 2 else 0}
     states = 16 if accelerator.is_fsdp2 or accelerator.num_processes == 1 else 20  # DDP has gradient buckets, too
     shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
     return {
         "weights, gradients, Adam": states * weights // shards,
-        "whole copy of the weights": computes * weights
-        if accelerator.is_fsdp2 or computes == 2
-        else 0,  # gathered, or autocast's
+        "copy of the weights": computes * weights if accelerator.is_fsdp2 or computes == 2 else 0,
         "reference model": computes * weights // shards if cfg.kl_coef else 0,
     }
 
 
-def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator) -> int:
-    """--generate_batch_size, or as many responses as fit into half of the memory that the models leave. Computed from the
-    device's whole memory, not from what happens to be free, so that a resumed run has the same batches."""
-    if cfg.generate_batch_size:
-        return cfg.generate_batch_size
-    held = sum(held_bytes(policy, cfg, accelerator).values())
-    room = max(0, device_bytes(accelerator) - held) // 2 // kv_bytes(policy, cfg)
-    step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
-    return max(cfg.group_size, min(room, step) // cfg.group_size * cfg.group_size)
+def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator, n: int) -> int:
+    """--generate_batch_size, or as many responses (n to a prompt) as fit into half of the memory that the models leave; a
+    multiple of n. Computed from the device's whole memory, not from what happens to be free, so that a resumed run has the
+    same batches."""
+    size = cfg.generate_batch_size
+    if not size:
+        room = max(0, device_bytes(accelerator) - sum(held_bytes(policy, cfg, accelerator).values())) // 2
+        size = min(room // kv_bytes(policy, cfg, n), cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size)
+    return max(n, size // n * n)
 
 
 def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
@@ -1924,14 +1939,12 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
     T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
     tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
-    layers, layer = (
-        text.num_hidden_layers,
-        tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_,
-    )  # for backward
+    layers, layer = text.num_hidden_layers, tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
     plan = {
         **held_bytes(policy, cfg, accelerator),
-        "KV cache of a rollout": kv_bytes(policy, cfg) * generate_batch_size(policy, cfg, accelerator),
+        "KV cache of a rollout": kv_bytes(policy, cfg, cfg.group_size)
+        * generate_batch_size(policy, cfg, accelerator, cfg.group_size),
         "activations of an update": kept,
         "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
     }
@@ -1965,9 +1978,7 @@ def worst_case_prompts(policy: Policy, count: int, folder: str, cfg: Config) -> 
         path, pixels = os.path.join(folder, f"{i}.png"), torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(path)
         prompt = encode_prompt(policy, Row("dryrun", str(i), "a", "1", [path]), cfg, "{question}")
-        filler = prompt.inputs["input_ids"][:, :1].expand(
-            1, cfg.max_prompt_length
-        )  # the first token again and again, in front
+        filler = prompt.inputs["input_ids"][:, :1].expand(1, cfg.max_prompt_length)  # the first token, again and again
         missing = cfg.max_prompt_length - prompt.inputs["input_ids"].shape[1]
         for name, value in prompt.inputs.items():
             if value.shape == prompt.inputs["attention_mask"].shape and name != "attention_mask":
@@ -2023,12 +2034,9 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
         wall[name], cpu[name] = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
         return result
 
-    generate_rollouts(
-        policy, prompts[:1], cfg.group_size, replace(cfg, max_new_tokens=2), accelerator, cfg.temperature
-    )  # wakes libraries
-    rollouts = timed(
-        "rollout", lambda: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
-    )
+    generate = lambda prompts, cfg: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
+    generate(prompts[:1], replace(cfg, max_new_tokens=2))  # wakes libraries
+    rollouts = timed("rollout", lambda: generate(prompts, cfg))
     for rollout in rollouts:  # CLIP's worst case: every token describes the picture
         rollout.text = f"### Image Description: {rollout.text}\n### Rationales:"
     timed("reward", lambda: score_rollouts(rollouts, clip))
@@ -2243,9 +2251,8 @@ def start_accelerator(cfg: Config, cpu: bool) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
     )  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = (
-            DistributedType.FSDP
-        )  # accelerate would train with DDP, without a word
+        # Left alone, accelerate would train with DDP on a CPU, without a word.
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -2267,7 +2274,7 @@ def run_stages(flags: dict) -> None:
     num_processes = PartialState(cpu=cpu).num_processes
     for cfg in configs:  # all of them before the first one starts
         check_config(cfg, num_processes)
-    torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // num_processes))
+    torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // local_processes()))
     accelerator = start_accelerator(configs[0], cpu)
     with run_lock(Path(configs[0].run_dir), accelerator):
         toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in TOY_PATHS]

@@ -146,7 +146,7 @@ def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=("red",
 def rollouts_of(prompts, lengths, advantages):
     generator = torch.Generator().manual_seed(1)
     return [
-        Rollout(prompts[i % len(prompts)], torch.randint(10, 60, (n,), generator=generator), "", False, None, advantage=a)
+        Rollout(prompts[i % len(prompts)], torch.randint(10, 60, (n,), generator=generator), "", False, torch.zeros(n), advantage=a)
         for i, (n, a) in enumerate(zip(lengths, advantages))
     ]
 
@@ -1381,7 +1381,7 @@ def grouped_rollouts(policy, cfg, tmp_path):
     generator = torch.Generator().manual_seed(1)
     for i, length in enumerate(lengths):
         tokens = torch.randint(8, 20, (length,), generator=generator)  # words, in every vocabulary of these tests
-        rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, None, advantage=[1.0, -2.0, 0.5][i % 3]))
+        rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, torch.zeros(length), advantage=[1.0, -2.0, 0.5][i % 3]))
     return rollouts
 
 
@@ -1426,6 +1426,15 @@ def test_prefill_once_decodes_the_tokens_of_plain_generate(families, kind, cfg, 
             assert [r.truncated for r in fast] == [r.truncated for r in slow]
             for a, b in zip(fast, slow):
                 assert torch.allclose(a.old_logprobs, b.old_logprobs, atol=1e-4)
+
+
+def test_a_family_that_changes_its_logits_is_refused(families, cfg, tmp_path):
+    shutil.copytree(families / "llava", tmp_path / "capped")
+    config = json.loads((tmp_path / "capped" / "config.json").read_text())
+    config["text_config"]["final_logit_softcapping"] = 30.0
+    (tmp_path / "capped" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="logits are changed after the last layer .final_logit_softcapping"):
+        pebr.load_policy(str(tmp_path / "capped"), cfg)
 
 
 def test_another_family_takes_the_plain_path_and_trains(families, cfg, tmp_path, accelerator):
@@ -3500,15 +3509,15 @@ def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypat
         cfg, max_prompt_length=1000, max_new_tokens=500, generate_batch_size=0, rollout_batch_size=8, kl_coef=0.0
     )
     # float32: keys and values of 2 layers x 2 heads x 16 dims x 4 bytes, a third of the prompt that 3 responses share
-    assert pebr.kv_bytes(policy, cfg) == 2 * 2 * 2 * 16 * 4 * (333 + 500)
+    assert pebr.kv_bytes(policy, cfg, 3) == 2 * 2 * 2 * 16 * 4 * (333 + 500)
     policy.fast = False
-    assert pebr.kv_bytes(policy, cfg) == 2 * 2 * 2 * 16 * 4 * 1500
+    assert pebr.kv_bytes(policy, cfg, 3) == 2 * 2 * 2 * 16 * 4 * 1500
     weights = sum(p.numel() for p in policy.parameters())
     plan = pebr.memory_plan(policy, cfg, accelerator)
     assert plan["weights, gradients, Adam"] * 2**30 == 16 * weights and plan["reference model"] == 0
-    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg))
-    assert pebr.generate_batch_size(policy, cfg, accelerator) == 6  # room for 7 in half of what is left, groups of 3
-    assert pebr.generate_batch_size(policy, pebr.replace(cfg, generate_batch_size=5), accelerator) == 5
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg, 3))
+    assert pebr.generate_batch_size(policy, cfg, accelerator, 3) == 6  # room for 7 in half of what is left, groups of 3
+    assert pebr.generate_batch_size(policy, pebr.replace(cfg, generate_batch_size=7), accelerator, 3) == 6
     monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 2 * 16 * weights)
     for changes, flag in (
         (dict(generate_batch_size=900), "--generate_batch_size"),
