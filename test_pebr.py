@@ -3760,7 +3760,7 @@ def train_with_pebr(folder, steps, max_new_tokens):
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
-def bench_trl(steps="4"):
+def bench_trl(steps="2"):
     """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses, one thread.
 
     CPU seconds a step: those of a process that trains 1 + steps steps, less those of one that trains 1, divided by steps.
@@ -3781,7 +3781,7 @@ def bench_trl(steps="4"):
         "| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, peak MiB | pebr.py, peak MiB | ratio | less imports |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for side, max_new_tokens in ((392, 64), (784, 256), (392, 256), (196, 448)):
+    for side, max_new_tokens in ((392, 64), (560, 128), (392, 256), (196, 448)):
         with tempfile.TemporaryDirectory() as folder:
             peer_world(folder, side)
             cpu, peak = {}, {}
