@@ -43,17 +43,7 @@ RETHINK = "let me rethink it"  # the paper drops warm-up rows that say so, in an
 INLINE = "data:;base64,"  # begins a picture that stands in the data file: its base64 text follows, decoded when it is opened
 LINK_LENGTH = 64  # characters; a shorter image cell of a TSV is the index of the row that holds the picture (VLMEvalKit)
 LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-)  # not EPS, for which Pillow runs a program
+FORMATS = "PNG JPEG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()  # not EPS, for which Pillow runs a program
 MAX_PICTURE = 2**26  # pixels, 8192 x 8192; more is refused before it is decoded
 
 # The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it.
@@ -204,6 +194,13 @@ def default_image_root(path: str) -> str:
         return folder
 
 
+MISSING = {  # a field that a stage needs, and what to say of a row without it
+    "answer": "no answer to grade against (of a warm-up row: its response has no final answer section)",
+    "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
+    "response": "an RL row; the warm-up needs sharegpt rows with messages",
+}
+
+
 def load_rows(
     path: str, image_root: str = "", need: tuple[str, ...] = (), benchmark: str = ""
 ) -> tuple[list[Row], list[str]]:
@@ -224,42 +221,14 @@ def load_rows(
         )
     root = image_root or default_image_root(path)
     benchmark = benchmark or find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set())
-    missing = {
-        "answer": "no answer to grade against (of a warm-up row: its response has no final answer section)",
-        "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
-        "response": "an RL row; the warm-up needs sharegpt rows with messages",
-    }
     rows, problems, seen = [], [], {}
     for i, raw in enumerate(raws):
         where = f"{os.path.basename(path)} row {i}"
         try:
-            if not isinstance(raw, dict):
-                raise DataError("a row must be a JSON object")
-            check_values(raw)
-            if lacking := set(BENCHMARKS[benchmark].needs.split()) - raw.keys():
-                raise DataError(
-                    f"no {', '.join(sorted(lacking))}, which the rule of {benchmark} reads (--benchmark generic)"
-                )
-            for name in BENCHMARKS[benchmark].needs.split():
-                if isinstance(raw[name], (list, dict)):
-                    raise DataError(f'field "{name}" must be a text or a number')
-            if "conversations" in raw:
-                raise DataError(
-                    'no "messages": a warm-up row is {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}'
-                )
-            if "messages" in raw:
-                row = sft_row(where, raw, root)
-            elif {"problem", "key_words"} & raw.keys() or not {"question", "query"} & raw.keys():
-                row = rl_row(where, raw, root)
-            else:
-                row = question_row(where, raw, root, BENCHMARKS[benchmark].gold, pictures)
-            row.benchmark, row.categories = benchmark, row_categories(row)
-            marks = row.problem.count(IMAGE_MARK)
-            if marks and marks != len(row.images):
-                raise DataError(f"{marks} {IMAGE_MARK} marks for {len(row.images)} pictures")
+            row = make_row(where, raw, root, benchmark, pictures)
             for name in need:
                 if not getattr(row, name):
-                    raise DataError(missing[name])
+                    raise DataError(MISSING[name])
             if row.qid in seen:
                 raise DataError(f"qid {row.qid} is already that of {seen[row.qid]}")
             seen[row.qid] = where
@@ -267,6 +236,34 @@ def load_rows(
         except DataError as error:
             problems.append(f"{where}: {error}")
     return rows, problems
+
+
+def make_row(where: str, raw, root: str, benchmark: str, pictures) -> Row:
+    """One row of any of the formats, told apart by its fields. Raises DataError."""
+    if not isinstance(raw, dict):
+        raise DataError("a row must be a JSON object")
+    check_values(raw)
+    rule = BENCHMARKS[benchmark]
+    if lacking := set(rule.needs.split()) - raw.keys():
+        raise DataError(f"no {', '.join(sorted(lacking))}, which the rule of {benchmark} reads (--benchmark generic)")
+    for name in rule.needs.split():
+        if isinstance(raw[name], (list, dict)):
+            raise DataError(f'field "{name}" must be a text or a number')
+    if "conversations" in raw:
+        raise DataError(
+            'no "messages": a warm-up row is {"messages": [{"role": ..., "content": ...}, ...], "images": [...]}'
+        )
+    if "messages" in raw:
+        row = sft_row(where, raw, root)
+    elif {"problem", "key_words"} & raw.keys() or not {"question", "query"} & raw.keys():
+        row = rl_row(where, raw, root)
+    else:
+        row = question_row(where, raw, root, rule.gold, pictures)
+    row.benchmark, row.categories = benchmark, row_categories(row)
+    marks = row.problem.count(IMAGE_MARK)
+    if marks and marks != len(row.images):
+        raise DataError(f"{marks} {IMAGE_MARK} marks for {len(row.images)} pictures")
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------------------------

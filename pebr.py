@@ -41,7 +41,6 @@ slightly narrower distribution than the one that is scored.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 import fcntl
@@ -232,8 +231,8 @@ TOY_PATHS = {  # what "toy" stands for in these fields
 ALWAYS = "seed image_root min_pixels max_pixels max_prompt_length skip_bad_rows trust_remote_code mixed_precision engine"
 SAMPLING = ALWAYS + " group_size temperature top_p max_new_tokens"
 TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs max_steps freeze_vision"
-GRPO_ONLY = " ".join(
-    [" rollout_batch_size update_batch_size", *(f.name for f in fields(Config) if f.metadata["group"] == GRPO)]
+GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(
+    f.name for f in fields(Config) if f.metadata["group"] == GRPO
 )
 SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
     "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
@@ -1234,10 +1233,8 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
     run, removed = True, folder.with_name(f".{folder.name}.removed")
     if accelerator.is_main_process:
         shutil.rmtree(removed, ignore_errors=True)
-        if (
-            cfg.overwrite and asked and read_record(folder)
-        ):  # renamed first: if this is killed, half of it must not pass for a stage
-            with writing(folder):
+        if cfg.overwrite and asked and read_record(folder):
+            with writing(folder):  # renamed first: if this is killed, half of it must not pass for a stage
                 shutil.rmtree(folder.rename(removed))
     accelerator.wait_for_everyone()
     if old := read_record(folder):
@@ -1368,13 +1365,13 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
     return step
 
 
-def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples: list[dict], accelerator) -> None:
+def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
     """After each step, on all processes: stop if too many updates in a row were skipped; a checkpoint if one is due, or if a
-    signal has come, which then stops the run. samples: what this process trained on in the step."""
+    signal has come, which then stops the run. samples(): what this process trained on in the step."""
     if metrics["skipped_updates"] and cfg.max_skipped_updates:
         accelerator.wait_for_everyone()
         last = itertools.takewhile(lambda record: record["skipped_updates"], reversed(read_jsonl(folder / "metrics.jsonl")))
-        skipped, samples = sum(record["skipped_updates"] for record in last), gather_object(samples)
+        skipped, samples = sum(record["skipped_updates"] for record in last), gather_object(samples())
         if skipped >= cfg.max_skipped_updates:
             if accelerator.is_main_process:
                 write_json(folder / "non_finite.json", samples)
@@ -1413,19 +1410,16 @@ def stop_for_broken_rows(path: str, problems: list[str], cfg: Config, accelerato
 
 def check_files(cfg: Config, accelerator: Accelerator) -> None:
     """Read a stage's own data file before any stage starts: a typo must not surface after hours. Pictures are opened later."""
-    files = {
-        "warmup": (cfg.sft_data, ("response",)),
-        "sample": (cfg.train_data, ("answer", "key_words")),
-        "evaluate": (cfg.test_data, ("answer",)),
-    }
-    path, need = files.get(cfg.stage, ("", ()))
     if cfg.stage == "evaluate":
         for path in test_files(cfg).values():
-            stop_for_broken_rows(path, load_rows(path, cfg.image_root, need, cfg.benchmark)[1], cfg, accelerator)
-    elif (path := cfg.from_data or path) and not is_finished(Path(cfg.run_dir, cfg.stage)):
-        stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
-    if cfg.stage == "perception" and not is_finished(Path(cfg.run_dir, cfg.stage)):
-        load_clip(cfg, accelerator)  # the same goes for its weights
+            stop_for_broken_rows(path, load_rows(path, cfg.image_root, ("answer",), cfg.benchmark)[1], cfg, accelerator)
+    elif not is_finished(Path(cfg.run_dir, cfg.stage)):
+        own = {"warmup": (cfg.sft_data, ("response",)), "sample": (cfg.train_data, ("answer", "key_words"))}
+        path, need = own.get(cfg.stage, ("", ()))
+        if path := cfg.from_data or path:
+            stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
+        if cfg.stage == "perception":
+            load_clip(cfg, accelerator)  # the same goes for its weights
 
 
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
@@ -1519,16 +1513,10 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     total, instruction = number_of_steps(len(rows), cfg.sft_batch_size, cfg), read_instruction(cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
-
-    def encode(step):
-        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
-        return [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
-
-    pool = ThreadPoolExecutor(1)  # prepares the next step's pictures while this one trains
-    following = pool.submit(encode, start + 1)
     for step in range(start + 1, total + 1):
         clock = time.perf_counter()
-        examples, following = following.result(), pool.submit(encode, step + 1)
+        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
+        examples = [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
         tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
 
         def loss_of(examples):
@@ -1540,10 +1528,9 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(examples, cfg), loss_of)
         metrics |= {"learning_rate": lr, "tokens": float(tokens)}
         log_step(folder, cfg, step, total, metrics, {"update": time.perf_counter() - clock}, bar, accelerator)
-        samples = [{"row": p.row.where, "problem": p.row.problem, "response": p.row.response} for p, _ in examples]
+        samples = lambda: [{"row": p.row.where, "problem": p.row.problem, "response": p.row.response} for p, _ in examples]
         end_step(folder, cfg, step, total, metrics, samples, accelerator)
     bar.close()
-    pool.shutdown(cancel_futures=True)
     with writing(folder):
         save_policy(policy, accelerator, model, folder)
 
@@ -1862,7 +1849,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         seconds["update"] = time.perf_counter() - clock
         report_rollouts(folder, cfg, step, rollouts, bar, accelerator)
         log_step(folder, cfg, step, total, metrics, seconds, bar, accelerator)
-        samples = [{"row": r.prompt.row.where, "problem": r.prompt.row.problem, "response": r.text, "reward": str(r.reward)}
+        samples = lambda: [{"row": r.prompt.row.where, "problem": r.prompt.row.problem, "response": r.text, "reward": str(r.reward)}
                    for r in rollouts]  # fmt: skip
         end_step(folder, cfg, step, total, metrics, samples, accelerator)
     bar.close()
