@@ -21,7 +21,7 @@ Where this departs from the paper's released code, and why:
      counts as perception. --keyword_precision makes naming everything not pay.
  [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
      perception RL, and counted. A negative cosine earns 0, not less.
- [3] CLIP sees each picture once and all descriptions of a batch together, without padding. Theirs makes one call per response.
+ [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
  [4] A description longer than CLIP's context is scored in windows of whole sentences. Theirs is cut without a word.
  [5] Sections are parsed once, and the format holds only if they are all there, in order, with nothing before them; the last
      answer counts; no answer section, no accuracy. Theirs wants four headings anywhere, takes the first answer, and without
@@ -245,11 +245,7 @@ SETTINGS = {  # what a stage reads, and what must not change between its start a
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-SCALED_LOGITS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-)  # in configs of families that head_logprobs cannot follow
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
