@@ -393,8 +393,7 @@ class Policy(torch.nn.Module):
         """
         lengths = torch.tensor([len(c) for c in completions], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C)
-        shared = self.fast and len(set(map(id, prompts))) < len(prompts)  # the warm-up has nothing to share
-        hidden = (shared_prefix_states if shared else plain_states)(self, prompts, completions)  # (tokens, D)
+        hidden = (packed_states if self.fast else plain_states)(self, prompts, completions)  # (tokens, D)
         ids, head = torch.cat(completions).to(self.device), self.model.get_output_embeddings()
         # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB in float32.
         chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
@@ -819,54 +818,59 @@ def plain_states(policy: Policy, prompts: list[Prompt], completions: list[torch.
     return torch.cat([row[: len(c)] for row, c in zip(hidden[:, -C - 1 : -1], completions)])
 
 
-def shared_prefix_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
-    """The same states from one row [prompt, c1 ... cG] per group: prompt and pictures go through the model once."""
-    states, i = [], 0
-    for _, group in itertools.groupby(prompts, key=id):
-        G = len(list(group))
-        states.append(group_states(policy, prompts[i], completions[i : i + G]))
-        i += G
+def packed_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
+    """The same states from one row [prompt, c1 ... cG, next prompt, ...] without padding: a prompt and its pictures go through
+    the model once, however many completions follow it. Which tokens see each other is shared_prefix_attention's business."""
+    groups = [list(group) for _, group in itertools.groupby(zip(prompts, completions), key=lambda pair: id(pair[0]))]
+    batch = collate([group[0][0] for group in groups], None, policy.pad_id, "cpu")  # left-padded, (P, T)
+    positions, next_position = rope_positions(policy, batch)  # (3, P, T), (P, 1)
+    ids, places, layout = [], [], []
+    for i, group in enumerate(groups):
+        tails = [c[:-1] for _, c in group]  # a completion's last token predicts nothing: it is no input
+        T, lengths = group[0][0].inputs["input_ids"].shape[1], [len(tail) for tail in tails]
+        ids += [batch["input_ids"][i, -T:], *tails]
+        after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each completion follows the prompt directly
+        places += [positions[:, i, -T:], after.expand(3, -1)]
+        layout.append((T, lengths))
+    pictures = {name: batch[name].to(policy.device) for name in ("pixel_values", "image_grid_thw") if name in batch}
+    hidden = policy.model.base_model(
+        input_ids=torch.cat(ids)[None].to(policy.device), position_ids=torch.cat(places, -1)[:, None].to(policy.device),
+        use_cache=False, groups=layout, **pictures,
+    ).last_hidden_state[0]  # fmt: skip
+    states = []
+    for (T, lengths), rows in zip(layout, hidden.split([T + sum(lengths) for T, lengths in layout])):
+        for tail in rows[T:].split(lengths):
+            states += [rows[T - 1 : T], tail]  # the prompt's last state predicts every first token
     return torch.cat(states)
 
 
-def group_states(policy: Policy, prompt: Prompt, completions: list[torch.Tensor]) -> torch.Tensor:
-    """(tokens, D) of one group. T prompt tokens, G completions, L = longest completion - 1."""
-    inputs = {name: value.to(policy.device) for name, value in prompt.inputs.items()}
-    positions, next_position = rope_positions(policy, inputs)  # (3, 1, T), (1, 1)
-    T, G, L = positions.shape[-1], len(completions), max(max(len(c) for c in completions) - 1, 1)
-    tails = torch.full((G, L), policy.pad_id)
-    for i, c in enumerate(completions):
-        tails[i, : len(c) - 1] = c[:-1]  # a completion's last token predicts nothing: it is no input
-    after = next_position + torch.arange(L, device=policy.device)  # (1, L): every completion follows the prompt directly
-    tail_positions = after.repeat(1, G).expand(3, 1, -1)
-    hidden = policy.model.base_model(
-        input_ids=torch.cat([inputs["input_ids"], tails.view(1, -1).to(policy.device)], 1),  # (1, T + G * L)
-        position_ids=torch.cat([positions, tail_positions], -1), use_cache=False, shared_prefix=(T, G),
-        **{name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")},
-    ).last_hidden_state[0]  # fmt: skip
-    last, tails = hidden[T - 1 : T], hidden[T:].view(G, L, -1)  # the prompt's last state predicts every first token
-    return torch.cat([torch.cat([last, tail[: len(c) - 1]]) for tail, c in zip(tails, completions)])
-
-
 def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, shared_prefix=None, group_cache=None, decode_step=0, **kwargs
+    module, query, key, value, attention_mask, scaling=None, groups=None, group_cache=None, decode_step=0, **kwargs
 ):
-    """Attention of one row [prompt, c1 ... cG] with shared_prefix = (T, G): the prompt attends to itself, each completion to
-    the prompt and itself. With group_cache: of a decoding step. With neither (prefill, other callers): transformers' sdpa."""
+    """Attention within one row of groups [prompt, c1 ... cG], `groups` = [(T, [C1 ... CG])]: the prompt attends to itself, a
+    completion to the prompt and itself. With group_cache: of a decoding step. With neither (prefill): transformers' sdpa."""
     if group_cache is not None:
         return decode_attention(query, key, value, scaling, group_cache, module.layer_idx, decode_step), None
-    if shared_prefix is None:
+    if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    T, G = shared_prefix
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves them in float32
-    tail = lambda x: x[0, :, T:].unflatten(1, (G, -1)).transpose(0, 1)  # (G, heads, L, dim)
-    full = lambda x: torch.cat([x[:, :, :T].expand(G, -1, -1, -1), tail(x)], 2)  # (G, heads, T + L, dim)
+    sizes = [T + sum(lengths) for T, lengths in groups]
+    rows = [group_attention(*qkv, *group, scaling) for group, *qkv in zip(groups, *(x.split(sizes, 2) for x in (query, key, value)))]
+    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+
+
+def group_attention(query, key, value, T: int, lengths: list[int], scaling: float) -> torch.Tensor:
+    """(1, heads, T + sum of lengths, dim) of one group; completions are padded here, and only here."""
     sdpa = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    if len(lengths) == 1 or not any(lengths):
+        return sdpa(query, key, value, is_causal=True)
+    tail = lambda x: pad_sequence(x[0, :, T:].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)  # (G, heads, L, dim)
+    full = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), tail(x)], 2)  # (G, heads, T + L, dim)
     prompt = sdpa(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True)  # (1, heads, T, dim)
     q = tail(query)
     # Lower-right causal: the kernel for it is a flash kernel on CUDA; a dense mask would not be.
     tails = sdpa(q, full(key), full(value), attn_mask=causal_lower_right(q.shape[2], T + q.shape[2]))  # (G, heads, L, dim)
-    return torch.cat([prompt, tails.transpose(0, 1).flatten(1, 2)[None]], 2).transpose(1, 2).contiguous(), None
+    return torch.cat([prompt, *(row[None, :, :n] for row, n in zip(tails, lengths))], 2)
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
