@@ -218,7 +218,7 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
     "dryrun": dict(rollout_batch_size=560, update_batch_size=112),  # as perception
 }
 TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
-    "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=256, max_prompt_length=64,
+    "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=1024, max_prompt_length=64,
              max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0, checkpoint_every=50),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
@@ -246,6 +246,7 @@ FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_i
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
+LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -635,14 +636,15 @@ def decode_plain(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, cho
         **batch, do_sample=True, top_k=0, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens,
         logits_processor=LogitsProcessorList([only_the_chosen]), eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
     )[:, batch["input_ids"].shape[1] :].cpu()  # fmt: skip
-    lengths, logprobs = [first_end(tokens, policy.end_ids) for tokens in ids], torch.stack(logprobs, 1).cpu()
-    return [(tokens[:length], values[:length]) for tokens, values, length in zip(ids, logprobs, lengths)]
+    return cut_at_end(ids, torch.stack(logprobs, 1).cpu(), policy.end_ids)
 
 
-def first_end(tokens: torch.Tensor, end_ids: list[int]) -> int:
-    """Length up to and with the first end token. From positions, not from padding, which may be an end token too."""
-    ends = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device)).nonzero()
-    return int(ends[0]) + 1 if len(ends) else len(tokens)
+def cut_at_end(ids: torch.Tensor, logprobs: torch.Tensor, end_ids: list[int]) -> list:
+    """ids, logprobs (rows, longest) -> [((C,), (C,))], up to and with the first end token. From positions, not from padding,
+    which may be an end token too."""
+    ends = torch.isin(ids, torch.tensor(end_ids))
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, ids.shape[1]).tolist()
+    return [(tokens[:n], values[:n]) for tokens, values, n in zip(ids, logprobs, lengths)]
 
 
 @dataclass
@@ -675,7 +677,8 @@ class GroupCache:
 
 
 def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
-    """Prefill each prompt and its pictures once, decode n responses to each against that one KV cache; rows leave as they end.
+    """Prefill each prompt and its pictures once, decode n responses to each against that one KV cache. Rows that have ended
+    leave together, an eighth of the batch at a time: each leaving copies the cache.
 
     choose: logits (B, V), noise (B, 8) -> tokens (B,), log-probs (B,). noise: (P * n, max_new_tokens, 8).
     Returns [((C,) tokens, (C,) log-probs)] for P * n responses. Positions are explicit, so nothing stays on the model.
@@ -690,23 +693,22 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, n
     cache = GroupCache(layers, bias[:, None, None], which, place, n)
     logits, next_position = out.logits[which, -1], next_position[which]  # (P * n, V), (P * n, 1)
     alive, ends = torch.arange(len(which), device=device), torch.tensor(policy.end_ids, device=device)
-    sampled, logprobs = [[] for _ in which], [[] for _ in which]
+    ended, logprobs = torch.zeros_like(alive, dtype=torch.bool), torch.zeros_like(noise[..., 0])
+    sampled = torch.zeros_like(logprobs, dtype=torch.long)  # (P * n, max_new_tokens)
     for step in range(cfg.max_new_tokens):
-        tokens, chosen = choose(logits, noise[alive, step])  # (alive,)
-        for row, token, logprob in zip(alive.tolist(), tokens.tolist(), chosen.tolist()):
-            sampled[row].append(token)
-            logprobs[row].append(logprob)
-        going = (~torch.isin(tokens, ends)).nonzero()[:, 0]
+        tokens, logprobs[alive, step] = choose(logits, noise[alive, step])  # (alive,)
+        sampled[alive, step], ended = tokens, ended | torch.isin(tokens, ends)
+        going = (~ended).nonzero()[:, 0]
         if len(going) == 0 or step == cfg.max_new_tokens - 1:
             break
-        if len(going) < len(alive):
-            alive, tokens, next_position = alive[going], tokens[going], next_position[going]
+        if len(going) <= LEAVE * len(alive):
+            alive, ended, tokens, next_position = alive[going], ended[going], tokens[going], next_position[going]
             cache.keep(going)
         logits = policy.model(
             input_ids=tokens[:, None], position_ids=(next_position + step).expand(3, -1, -1), group_cache=cache, decode_step=step,
             use_cache=False, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
-    return [(torch.tensor(tokens), torch.tensor(values)) for tokens, values in zip(sampled, logprobs)]
+    return cut_at_end(sampled.cpu(), logprobs.cpu(), policy.end_ids)
 
 
 def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, step: int):
@@ -829,7 +831,7 @@ def packed_states(policy: Policy, prompts: list[Prompt], completions: list[torch
         tails = [c[:-1] for _, c in group]  # a completion's last token predicts nothing: it is no input
         T, lengths = group[0][0].inputs["input_ids"].shape[1], [len(tail) for tail in tails]
         ids += [batch["input_ids"][i, -T:], *tails]
-        after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each completion follows the prompt directly
+        after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each directly follows the prompt
         places += [positions[:, i, -T:], after.expand(3, -1)]
         layout.append((T, lengths))
     pictures = {name: batch[name].to(policy.device) for name in ("pixel_values", "image_grid_thw") if name in batch}
@@ -855,22 +857,22 @@ def shared_prefix_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves them in float32
     sizes = [T + sum(lengths) for T, lengths in groups]
-    rows = [group_attention(*qkv, *group, scaling) for group, *qkv in zip(groups, *(x.split(sizes, 2) for x in (query, key, value)))]
+    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+    rows = [group_attention(*part, *group, scaling) for part, group in zip(parts, groups)]
     return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
 
 
 def group_attention(query, key, value, T: int, lengths: list[int], scaling: float) -> torch.Tensor:
-    """(1, heads, T + sum of lengths, dim) of one group; completions are padded here, and only here."""
-    sdpa = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    if len(lengths) == 1 or not any(lengths):
+    """(1, heads, T + C1 + ... + CG, dim) of one group. Completions are padded in here, and nowhere else."""
+    sdpa, L = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), max(lengths)
+    if len(lengths) == 1 or L == 0:
         return sdpa(query, key, value, is_causal=True)
-    tail = lambda x: pad_sequence(x[0, :, T:].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)  # (G, heads, L, dim)
+    tail = lambda x: torch.cat([F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)])
     full = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), tail(x)], 2)  # (G, heads, T + L, dim)
     prompt = sdpa(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True)  # (1, heads, T, dim)
-    q = tail(query)
     # Lower-right causal: the kernel for it is a flash kernel on CUDA; a dense mask would not be.
-    tails = sdpa(q, full(key), full(value), attn_mask=causal_lower_right(q.shape[2], T + q.shape[2]))  # (G, heads, L, dim)
-    return torch.cat([prompt, *(row[None, :, :n] for row, n in zip(tails, lengths))], 2)
+    tails = sdpa(tail(query), full(key), full(value), attn_mask=causal_lower_right(L, T + L))  # (G, heads, L, dim)
+    return torch.cat([prompt, *(tails[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -1011,9 +1013,9 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         plugin.mixed_precision_policy = fsdp_precision(cfg)
         plugin.cpu_ram_efficient_loading = False  # else only the first process has weights for its reference model
     trained = [p for p in policy.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(
-        policy, torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    )
+    # fused: else, on a GPU, each step takes temporary memory of the size of the weights.
+    adam = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(policy, adam)
     register_fsdp_forward_method(model, "generate")
     return model.train(), optimizer
 

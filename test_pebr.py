@@ -145,8 +145,9 @@ def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=("red",
 
 def rollouts_of(prompts, lengths, advantages):
     generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(10, 60, (n,), generator=generator) for n in lengths]
     return [
-        Rollout(prompts[i % len(prompts)], torch.randint(10, 60, (n,), generator=generator), "", False, torch.zeros(n), advantage=a)
+        Rollout(prompts[i % len(prompts)], tokens[i], "", False, torch.zeros(n), advantage=a)
         for i, (n, a) in enumerate(zip(lengths, advantages))
     ]
 
@@ -1267,7 +1268,7 @@ def test_one_and_four_ragged_micro_batches_give_equal_gradients(policy, cfg, tmp
     for rollout, logprobs in zip(rollouts, ref):
         rollout.ref_logprobs = logprobs - 0.1
     whole = gradients(
-        policy, rollouts, pebr.replace(cfg, micro_batch_size=12, loss_mean=loss_mean, grad_clip=1e9), accelerator
+        policy, rollouts, pebr.replace(cfg, micro_batch_size=15, loss_mean=loss_mean, grad_clip=1e9), accelerator
     )
     parts = gradients(
         policy, rollouts, pebr.replace(cfg, micro_batch_size=3, loss_mean=loss_mean, grad_clip=1e9), accelerator
@@ -1292,7 +1293,7 @@ def test_an_update_of_masked_truncated_responses_changes_no_parameter(policy, cf
 def test_masked_truncated_responses_leave_the_gradient_to_the_others(policy, cfg, tmp_path, accelerator):
     rollouts = grouped_rollouts(policy, cfg, tmp_path)  # the last three are truncated
     cfg = pebr.replace(cfg, kl_coef=0.0, mask_truncated=True, grad_clip=1e9)
-    masked, without = gradients(policy, rollouts, cfg, accelerator), gradients(policy, rollouts[:9], cfg, accelerator)
+    masked, without = gradients(policy, rollouts, cfg, accelerator), gradients(policy, rollouts[:-3], cfg, accelerator)
     trained = gradients(policy, rollouts, pebr.replace(cfg, mask_truncated=False), accelerator)
     assert all(torch.allclose(masked[name], without[name], atol=1e-6) for name in masked)
     assert not all(torch.allclose(masked[name], trained[name], atol=1e-6) for name in masked)
@@ -1369,19 +1370,20 @@ def test_several_pictures_in_one_row_equal_generate_too(policy, cfg, tmp_path):
 
 
 def grouped_rollouts(policy, cfg, tmp_path):
-    """Ragged groups: two picture sizes, no picture, two pictures; one response of a single token, one group all truncated."""
-    prompts = prompts_of(
-        policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=("red", "How many red objects ?", "all left")
-    )
+    """Ragged groups: two picture sizes, no picture, two pictures; a response of one token, a group of such, a truncated group."""
+    words = ("red", "How many red objects ?", "all left", "blue")
+    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None, (84, 84)), words=words)
     two = Row(
         "", "2", "red <image> and blue <image>", "1", [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (84, 56))]
     )
     prompts.append(pebr.encode_prompt(policy, two, cfg, "{question}"))
-    lengths, rollouts = [9, 1, 4, 7, 3, 2, 5, 5, 5, 12, 12, 12], []
+    lengths, rollouts = [9, 1, 4, 7, 3, 2, 5, 5, 5, 1, 1, 1, 12, 12, 12], []
     generator = torch.Generator().manual_seed(1)
     for i, length in enumerate(lengths):
         tokens = torch.randint(8, 20, (length,), generator=generator)  # words, in every vocabulary of these tests
-        rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, torch.zeros(length), advantage=[1.0, -2.0, 0.5][i % 3]))
+        rollouts.append(
+            Rollout(prompts[i // 3], tokens, "", length == 12, torch.zeros(length), advantage=[1.0, -2.0, 0.5][i % 3])
+        )
     return rollouts
 
 
@@ -1409,6 +1411,20 @@ def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(
     assert fast_gradients.keys() == plain_gradients.keys() and max(g.abs().max() for g in plain_gradients.values()) > 1e-2
     for name, expected in plain_gradients.items():
         assert torch.allclose(fast_gradients[name], expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("rows_each, prompts_inside", [(3, 5), (1, 15)])  # GRPO's groups; the warm-up's, of one response
+def test_a_micro_batch_is_one_row_without_padding_that_holds_each_prompt_once(
+    policy, cfg, tmp_path, monkeypatch, rows_each, prompts_inside
+):
+    rollouts, seen = grouped_rollouts(policy, cfg, tmp_path), []
+    prompts = [r.prompt if rows_each == 3 else pebr.replace(r.prompt) for r in rollouts]  # a copy is another group
+    forward = policy.model.base_model.forward
+    monkeypatch.setattr(policy.model.base_model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
+    policy(prompts, [r.tokens for r in rollouts], 1.0)
+    whole = sum(len(r.prompt.inputs["input_ids"][0]) for r in rollouts[:: 15 // prompts_inside])
+    completions = sum(len(r.tokens) - 1 for r in rollouts)  # the last token is no input
+    assert len(seen) == 1 and seen[0]["input_ids"].shape == (1, whole + completions)
 
 
 @pytest.mark.parametrize("kind", FAMILIES[:3])
@@ -1545,7 +1561,9 @@ def test_at_the_first_update_the_ratio_is_exactly_one(policy, cfg, tmp_path, acc
     ],
 )
 def test_the_mask_keeps_the_first_end_token_and_drops_what_follows(tokens, expected):
-    assert pebr.first_end(torch.tensor(tokens), end_ids=[2, 5]) == expected
+    ids = torch.tensor([tokens])
+    (cut, logprobs), *_ = pebr.cut_at_end(ids, ids / 10, end_ids=[2, 5])
+    assert cut.tolist() == tokens[:expected] and len(logprobs) == expected
 
 
 def test_rollouts_come_in_groups_and_end_where_generate_ended(policy, cfg, tmp_path, accelerator):
@@ -1599,7 +1617,7 @@ def test_autocast_casts_the_weights_once_a_rollout_and_not_once_a_token(policy, 
             torch.no_grad(),
             torch.autocast("cpu", torch.bfloat16),
         ):
-            most_likely = lambda logits, noise: (logits.argmax(-1), logits[:, 0])
+            most_likely = lambda logits, noise: (logits.argmax(-1), logits[:, 0].float())
             pebr.decode(
                 policy, prompts, 2, pebr.replace(cfg, max_new_tokens=max_new_tokens), most_likely, torch.zeros(4, 9, 8)
             )
