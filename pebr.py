@@ -12,8 +12,9 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
 
 Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir and takes
 its model and data from the stages before it, which are made first if they are missing (evaluate scores what there is). The
-file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, survival, stage folders, what
-the stages share, warm-up, sampling, GRPO, evaluation, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
+file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, what the stages share, warm-up,
+sampling, GRPO, evaluation. That is the method; what keeps a run alive comes after it: memory plan, dry run, faults, checks,
+stage folders, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
 Where this departs from the paper's released code, and why:
  [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed, 3 or three alike.
@@ -292,64 +293,6 @@ def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
     )
 
 
-def check_config(cfg: Config, num_processes: int) -> None:
-    """Raises ConfigError for settings that cannot work, before anything is loaded."""
-
-    def need(condition, message):
-        if not condition:
-            raise ConfigError(message)
-
-    for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
-                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"], clip_device=["", "cpu"]).items():  # fmt: skip
-        need(
-            getattr(cfg, name) in allowed,
-            f"--{name} {getattr(cfg, name)}: must be one of {', '.join(filter(None, allowed))}",
-        )
-    for f in fields(Config):
-        if f.type in (int, float):
-            need(0 <= getattr(cfg, f.name) < math.inf, f"--{f.name} {getattr(cfg, f.name)}: must be a number, not negative")
-    for name in ("epochs", "max_new_tokens", "micro_batch_size", "min_pixels", "temperature", "sft_batch_size",
-                 "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature", "keep_checkpoints"):  # fmt: skip
-        need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
-    for name in ("DEEPSPEED", "MEGATRON_LM"):  # what accelerate's launcher and its saved config say
-        need(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "false",
-             f"accelerate is set to use {name}, which is not supported: launch with --multi_gpu, or run `accelerate config` anew")  # fmt: skip
-    need(not os.path.isfile(cfg.run_dir), f"--run_dir {cfg.run_dir}: is a file")
-    trackers = [str(tracker.value) for tracker in get_available_trackers()]
-    need(
-        not cfg.log_with or cfg.log_with in trackers,
-        f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}",
-    )
-    need(
-        cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more"
-    )
-    need(
-        cfg.clip_dual == 0 or cfg.clip_dual > 1,
-        f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient",
-    )
-    need(
-        not cfg.random_init or cfg.stage == "dryrun",
-        "--random_init is for --stage dryrun: nothing trains from random weights",
-    )
-    need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
-    need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
-    need(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo} must be less than --cosine_hi {cfg.cosine_hi}")
-    if cfg.stage in (*STAGE_REWARDS, "dryrun"):
-        need(cfg.rollout_batch_size % cfg.update_batch_size == 0,
-             f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --update_batch_size {cfg.update_batch_size}")  # fmt: skip
-        need(cfg.update_batch_size % num_processes == 0,
-             f"--update_batch_size {cfg.update_batch_size} does not divide over {num_processes} processes (whole groups stay together)")  # fmt: skip
-    need(cfg.stage != "warmup" or cfg.sft_batch_size % num_processes == 0,
-         f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
-    need(not cfg.benchmark or cfg.benchmark in BENCHMARKS,
-         f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")  # fmt: skip
-    need(not cfg.regrade or cfg.stage == "evaluate", "--regrade is for --stage evaluate")
-    for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
-        need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
-    need(cfg.stage != "perception" or cfg.clip_model,
-         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or fg-clip:my_fg_clip_folder")  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Policy: a Hugging Face vision-language model, its processor, and prompts as tensors
 
@@ -409,50 +352,6 @@ class Policy(torch.nn.Module):
     def generate(self, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
         """n responses to each prompt (see decode). A method, because FSDP has to see it as a forward of this module."""
         return (decode if self.fast else decode_plain)(self, prompts, n, cfg, choose, noise)
-
-
-def told(error: Exception) -> str:
-    """A library's error in one line of bearable length, with its type where the message alone says too little."""
-    text = str(error) if " " in str(error) else repr(error)
-    return " ".join(text.split())[:600]
-
-
-def folder_advice(path: str, error: Exception) -> str:
-    """What to do about a model folder that cannot be loaded."""
-    pickles = [file.name for file in sorted(Path(path).glob("*")) if file.suffix in (".bin", ".pt", ".pth")]
-    if pickles and not any(Path(path).glob("*.safetensors")):
-        return (
-            f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
-        )
-    if "trust_remote_code" in str(error):
-        return "the code in it runs with --trust_remote_code only"
-    return "it must be a vision-language model's whole folder: config, safetensors, tokenizer, processor, chat template"
-
-
-def check_policy(path: str, model, processor, broken: list[str]) -> None:
-    """Raises ConfigError for a folder that loads, but not to the model that was meant. broken: tensors that did not fit."""
-    broken += [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    rows, words = model.get_input_embeddings().num_embeddings, len(processor.tokenizer)
-    if broken:
-        raise ConfigError(f"{path}: {len(broken)} tensors are missing, of another shape or not finite, first {broken[0]}: "
-                          "its weights belong to another config.json, or are incomplete")  # fmt: skip
-    if words > rows:
-        raise ConfigError(f"{path}: its tokenizer has {words} tokens, the model only {rows}: it belongs to another model")
-    ids = {name: getattr(model.config, name, None) for name in MARK_IDS}
-    if wrong := [name for name, i in ids.items() if i is not None and not 0 <= i < rows]:
-        raise ConfigError(f"{path}: {wrong[0]} {ids[wrong[0]]} of its config.json is none of the model's {rows} tokens")
-    if not getattr(processor, "chat_template", None):
-        raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
-    row = Row("", "", "q", "", ["a picture"])
-    try:
-        prompt = processor_inputs(processor, row, [Image.new("RGB", (112, 112))], "{question}")["input_ids"]
-    except Exception as error:  # templates and processors raise what they like
-        raise ConfigError(f"{path}: its processor cannot write a prompt with one picture ({told(error)}): "
-                          "chat template, tokenizer and processor must come from one model")  # fmt: skip
-    marks = [mark for mark in (ids["image_token_id"], ids["image_token_index"]) if mark is not None]
-    if marks and not set(marks) & set(prompt[0].tolist()):
-        raise ConfigError(f"{path}: its processor marks no picture with the image token {marks[0]} of config.json: "
-                          "tokenizer and model must belong together")  # fmt: skip
 
 
 def load_policy(path: str, cfg: Config) -> Policy:
@@ -1060,332 +959,6 @@ def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Survival: signals, a lock on the run folder, files that are whole or not there, faults that say what to do
-
-
-class RunError(Exception):
-    """The world failed in the middle of a run (memory, disk, a reward, numbers): says what, and how to go on."""
-
-
-class RewardError(RunError):
-    """A reward failed on one response."""
-
-    def __init__(self, rollout: Rollout, reason: str):
-        row = rollout.prompt.row
-        self.sample = {"qid": row.qid, "row": row.where, "problem": row.problem, "answer": row.answer, "response": rollout.text, "error": reason}  # fmt: skip
-        super().__init__(f"the reward failed on question {row.qid} ({row.where}): {reason}\nThe response: {rollout.text[:2000]}")  # fmt: skip
-
-
-class Interrupted(Exception):
-    """A signal (args[0]) has stopped the run; what it had in hand is finished and saved."""
-
-
-class Signals:
-    """Inside, SIGTERM and Ctrl-C are only noted, and the run stops where it can go on later: at the end of a step or a chunk.
-    A second one, a second or more later (launchers pass on what the terminal has sent to all), stops it at once."""
-
-    number = noted = 0
-
-    def __enter__(self):
-        self.number, self.before = 0, {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(self, number, frame):
-        if self.number and time.monotonic() - self.noted >= 1:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.noted = number, time.monotonic()
-            name = signal.Signals(number).name  # os.write: print must not be used inside a signal
-            os.write(2, f"\npebr.py: {name}: stops after the step in hand; once more stops at once\n".encode())
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-SIGNALS = Signals()
-
-
-def stop_if_asked(accelerator: Accelerator, save=lambda: None) -> None:
-    """If some process has noted a signal, save and raise Interrupted: on all processes, so that none waits for another."""
-    if number := int(accelerator.gather(torch.tensor([SIGNALS.number], device=accelerator.device)).max()):
-        save()
-        raise Interrupted(number)
-
-
-@contextmanager
-def run_lock(folder: Path, accelerator: Accelerator):
-    """One run at a time in a run folder: inside, the main process has run.lock, which the kernel frees if the process is killed.
-
-    Raises ConfigError, on all processes, if the folder is in use or cannot be written."""
-    problem, lock = [""], nullcontext()
-    if accelerator.is_main_process:
-        try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = open(folder / "run.lock", "a+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}", file=lock, flush=True)
-        except RunError as error:
-            problem = [str(error)]
-        except BlockingIOError:
-            lock.seek(0)
-            problem = [f"{folder} is in use by {lock.read().strip()}: wait for it, or use another --run_dir"]
-        except OSError as error:
-            print(f"{folder} cannot be locked here ({error}): take care that no two runs use it at once", flush=True)
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise ConfigError(problem[0])
-    with lock:
-        yield
-
-
-@contextmanager
-def writing(path: Path):
-    """Inside, a full disk or a folder that cannot be written raises RunError, which names the path."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # which is how torch.save says it
-            raise
-        raise RunError(f"cannot write {path}: {error}\nMake room, or make it writable. Nothing finished is lost: the same command "
-                       "then goes on from the last checkpoint.") from error  # fmt: skip
-
-
-def sync(path: Path) -> None:
-    """Returns once the file, or what the folder lists, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError) if path.is_dir() else writing(path):  # some filesystems cannot sync a folder
-        os.fsync(handle)
-    os.close(handle)
-
-
-OUT_OF_MEMORY = {  # what to lower, by the function that memory ran out in
-    "load_policy": "loading a model: take a smaller --model, more processes that shard it, or (GRPO) --kl_coef 0, which needs no reference model",
-    "load_clip": "loading CLIP: --clip_device cpu keeps it off the GPU, or take a smaller --clip_model",
-    "generate_rollouts": "the rollout: lower --generate_batch_size, then --max_new_tokens",
-    "score_rollouts": "the reward: --clip_device cpu keeps CLIP off the GPU",
-    "rollout_logprobs": "the reference's log-probs: lower --micro_batch_size, then --max_new_tokens and --max_pixels",
-    "optimizer_step": "the update: lower --micro_batch_size, then --max_new_tokens (warm-up: --max_sft_length) and --max_pixels",
-    "save_checkpoint": "writing a checkpoint: raise --checkpoint_every, or free memory of the machine",
-}  # fmt: skip
-
-
-def out_of_memory(error: BaseException) -> str:
-    """Which flag to lower, told from the function that was at work; "" if the error is another one."""
-    if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-        return ""
-    at_work = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    phases = [text for name, text in OUT_OF_MEMORY.items() if name in at_work]
-    phase = phases[0] if phases else "none of the known phases: lower --micro_batch_size or --max_pixels"
-    return f"out of memory in {phase}. The same command with that flag goes on from the last checkpoint.\n{error}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage folders: what is done, with which settings, and what it was made from
-
-
-def read_record(folder: Path) -> dict | None:
-    """The stage.json of a folder, None without one. Raises ConfigError if it is not what begin_stage has written."""
-    if not Path(folder, "stage.json").is_file():
-        return None
-    with suppress(ValueError):
-        record = json.loads(Path(folder, "stage.json").read_text())
-        if isinstance(record, dict) and {"finished", "settings", "inputs", "from"} <= record.keys():
-            return record
-    raise ConfigError(f"{folder}/stage.json is damaged: delete the folder {folder} to make the stage again")
-
-
-def fingerprint(path: str) -> str:
-    """Of a stage's folder: the moment it was finished. Of a file: its content. Of anything else: its name."""
-    if os.path.isfile(path):
-        return hashlib.sha1(Path(path).read_bytes()).hexdigest()
-    if record := read_record(path):
-        return record["finished"]
-    return os.path.realpath(path) if os.path.isdir(path) else path
-
-
-def is_finished(folder: Path) -> bool:
-    return bool((read_record(folder) or {}).get("finished"))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text)
-        sync(temporary)
-        temporary.replace(path)
-
-
-def write_json(path: Path, value) -> None:
-    replace_file(path, json.dumps(value, indent=1))
-
-
-def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, accelerator: Accelerator) -> bool:
-    """Make or find the stage's folder. True: run it (from its start or its checkpoint); False: it is finished.
-
-    Raises ConfigError if the folder was made from other inputs, or (unless it is finished and nobody asked for it) with
-    other settings.
-    """
-    settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
-    settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
-    inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
-    stop_if_asked(accelerator)
-    run, removed = True, folder.with_name(f".{folder.name}.removed")
-    if accelerator.is_main_process:
-        shutil.rmtree(removed, ignore_errors=True)
-        if cfg.overwrite and asked and read_record(folder):
-            with writing(folder):  # renamed first: if this is killed, half of it must not pass for a stage
-                shutil.rmtree(folder.rename(removed))
-    accelerator.wait_for_everyone()
-    if old := read_record(folder):
-        run = not old["finished"]
-        changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
-        if asked or run:
-            changed += [
-                f"{n} was {old['settings'].get(n)!r}, now {v!r}" for n, v in settings.items() if old["settings"].get(n) != v
-            ]
-        if changed:
-            raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
-                              + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
-    accelerator.wait_for_everyone()
-    if run and accelerator.is_main_process:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
-                                           "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
-        write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
-    elif accelerator.is_main_process:
-        remove_leftovers(folder)  # of a run that was killed at the very end
-    accelerator.wait_for_everyone()
-    if run or asked:
-        accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
-    return run
-
-
-def finish_stage(folder: Path, accelerator: Accelerator) -> None:
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in [*filter(Path.is_file, folder.iterdir()), folder]:
-            sync(path)
-        write_json(folder / "stage.json", {**read_record(folder), "finished": str(time.time_ns())})
-        remove_leftovers(folder)
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Of a finished stage: its checkpoints, and what a kill has left half written (.tmp*: safetensors)."""
-    for path in [*checkpoints(folder), folder / "writing"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".tmp*"):
-        path.unlink()
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a file that may end in a torn one."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def append_jsonl(path: Path, records: list[dict]) -> None:
-    with writing(path), open(path, "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def torn(checkpoint: Path) -> str:
-    """What a checkpoint lacks of what its complete.json lists; "" for a whole one."""
-    try:
-        files = json.loads((checkpoint / "complete.json").read_text())["files"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return "complete.json is missing or broken"
-    sizes = {name: (checkpoint / name).stat().st_size for name in files if (checkpoint / name).is_file()}
-    wrong = [name for name in files if sizes.get(name) != files[name]]
-    return f"{wrong[0]} has {sizes.get(wrong[0], 0)} bytes of {files[wrong[0]]}" if wrong else ""
-
-
-def save_checkpoint(folder: Path, step: int, cfg: Config, accelerator: Accelerator) -> None:
-    """Model, optimizer and the random states of every process after `step` steps. The learning rate, the position in the data
-    and the seeds of the rollouts follow from the step. Older ones go only when the new one is whole and on the disk."""
-    unfinished, target = folder / "writing", folder / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    accelerator.wait_for_everyone()
-    with writing(target):
-        accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = {str(path.relative_to(unfinished)): path.stat().st_size for path in unfinished.rglob("*") if path.is_file()}
-        with writing(target):
-            for path in [*unfinished.rglob("*"), *folder.glob("*.jsonl")]:
-                sync(path)
-            record = {"step": step, "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2, "files": files}
-            write_json(unfinished / "complete.json", record)
-            sync(unfinished)
-            shutil.rmtree(target, ignore_errors=True)  # a torn one
-            unfinished.rename(target)
-            sync(folder)
-        whole = [checkpoint for checkpoint in checkpoints(folder) if not torn(checkpoint)]
-        for checkpoint in set(checkpoints(folder)) - set(whole[-cfg.keep_checkpoints :]):
-            shutil.rmtree(checkpoint)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
-    """Steps already done (0 without a whole checkpoint). Log lines that are newer than the checkpoint are taken back."""
-    step, found = 0, checkpoints(folder)
-    while found and (problem := torn(found[-1])):
-        accelerator.print(f"{found[-1]} is torn ({problem}): going back to the one before it")
-        found.pop()
-    if found:
-        record = json.loads((found[-1] / "complete.json").read_text())
-        step, processes = record["step"], record["processes"]
-        if record["sharded"] != accelerator.is_fsdp2:
-            raise ConfigError(
-                f"{found[-1]} was made {'with' if record['sharded'] else 'without'} FSDP: start in the same way, or --overwrite"
-            )
-        accelerator.load_state(str(found[-1]))
-        accelerator.print(f"resuming after step {step}")
-        if processes != accelerator.num_processes:
-            accelerator.print(f"  made by {processes} processes, now {accelerator.num_processes}: the same data and counts, but not bit-identical, "
-                              "because sums are added up in another order")  # fmt: skip
-    if accelerator.is_main_process:
-        for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "timing.jsonl")):
-            if path.is_file():
-                write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
-    accelerator.wait_for_everyone()
-    return step
-
-
-def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
-    """After each step, on all processes: stop if too many updates in a row were skipped; a checkpoint if one is due, or if a
-    signal has come, which then stops the run. samples(): what this process trained on in the step."""
-    if metrics["skipped_updates"] and cfg.max_skipped_updates:
-        accelerator.wait_for_everyone()
-        last = itertools.takewhile(lambda record: record["skipped_updates"], reversed(read_jsonl(folder / "metrics.jsonl")))
-        skipped, samples = sum(record["skipped_updates"] for record in last), gather_object(samples())
-        if skipped >= cfg.max_skipped_updates:
-            if accelerator.is_main_process:
-                write_json(folder / "non_finite.json", samples)
-            raise RunError(f"step {step}: {skipped:.0f} updates in a row had a non-finite loss or gradient and were skipped. The step's "
-                           f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
-    save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
-    stop_if_asked(accelerator, save)
-    if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
-        save()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # What the stages share: checked rows, a shuffled stream of them, log lines
 
 
@@ -1482,10 +1055,9 @@ SHOWN = ("reward", "clip", "keyword", "format", "length", "accuracy", "kl", "ent
 def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, seconds: dict, bar: tqdm, accelerator) -> None:
     """metrics.jsonl (the same on every run with one seed), timing.jsonl (not so), a line on the screen, trackers."""
     metrics = {name: float(f"{value:.6g}") if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    cuda, used = accelerator.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF)
     timing = {f"{name}_s": round(value, 3) for name, value in seconds.items()}
     timing |= {f"{name}_tokens_per_s": round(metrics["tokens"] / value, 1) for name, value in seconds.items()}
-    timing["peak_gib"] = round((torch.cuda.max_memory_allocated() if cuda else used.ru_maxrss * 1024) / 2**30, 2)
+    timing["peak_gib"] = peak_gib(accelerator)
     accelerator.log({**metrics, **timing}, step=step)
     if accelerator.is_main_process:
         append_jsonl(folder / "metrics.jsonl", [{"step": step, **metrics}])
@@ -1596,14 +1168,15 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
     return split
 
 
-def sample(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+def sample(
+    cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator, need=("answer", "key_words")
+) -> None:
     """Answer every question G times with a frozen model; write easy.json, medium.json, hard.json and summary.json.
 
     The three files have the input's rows unchanged. A group whose answers are all right or all wrong has no advantage and
     teaches reasoning nothing; a question that is always answered right is safe to describe.
     """
     policy = load_policy(model_path, cfg)
-    need = ("answer",) if folder.name == "sample_base" else ("answer", "key_words")  # warm-up rows have no keywords
     rows = checked_rows(data_path, cfg, policy, accelerator, need)
     policy.to(accelerator.device)
     records = answer_questions(
@@ -1876,6 +1449,100 @@ def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+COLUMNS = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
+MODES = ("greedy", "sampled")
+
+
+def test_files(cfg: Config) -> dict[str, str]:
+    """{name: path} of the files to evaluate on."""
+    paths = (cfg.from_data or cfg.test_data).split(",")
+    files = {Path(path).stem: path for path in paths}
+    if len(files) < len(paths):
+        raise ConfigError(f"--test_data {','.join(paths)}: each file needs a name of its own")
+    return files
+
+
+def evaluate(cfg: Config, policy: Policy, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """Answer held-out questions greedily and sampled; write predictions and scores.json."""
+    rows = checked_rows(data_path, cfg, policy, accelerator, need=("answer",))
+    clip = load_clip(cfg, accelerator) if cfg.clip_model else None
+    policy.to(accelerator.device)
+    for mode, n, temperature in zip(MODES, (1, cfg.eval_samples), (0.0, cfg.eval_temperature)):
+        if n:
+            answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)
+    if clip and (cut := sum(gather_object([clip.cut_texts]))):
+        accelerator.print(f"{cut} sentences were longer than CLIP's text window; it saw the beginning of them")
+    if accelerator.is_main_process:
+        score_folder(cfg, rows, data_path, folder)
+
+
+def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> None:
+    """Grade the predictions saved in a folder: verdicts go into the predictions, totals into scores.json.
+
+    Predictions for a TSV are written in VLMEvalKit's layout too: the input's columns, less the image, and the prediction.
+    Raises DataError for a question without a prediction.
+    """
+    scores, earlier = {}, folder / "scores.json"
+    earlier = json.loads(earlier.read_text()) if earlier.is_file() else {}  # a regraded file keeps its temperature
+    for mode, temperature in zip(MODES, (0.0, cfg.eval_temperature)):
+        path = folder / f"predictions_{mode}.jsonl"
+        if saved := {record["qid"]: record for record in read_jsonl(path)}:
+            if missing := [row.where for row in rows if row.qid not in saved]:
+                raise DataError(
+                    f"{path} has no prediction for {len(missing)} questions, the first is {missing[0]}: evaluate first"
+                )
+            records = [saved[row.qid] for row in rows]
+            if len(counts := {len(record["responses"]) for record in records}) > 1:
+                raise DataError(
+                    f"{path} has {min(counts)} to {max(counts)} responses to a question: it takes the same number for each"
+                )
+            scores[mode] = {
+                "temperature": earlier.get(mode, {}).get("temperature", temperature),
+                **score_predictions(rows, records),
+            }
+            write_jsonl(path, records)
+            if data_path.lower().endswith(".tsv"):
+                with writing(path):
+                    write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
+    if not scores:
+        raise DataError(f"{folder} has no predictions to score")
+    write_json(folder / "scores.json", scores)
+
+
+def regrade(cfg: Config, data_path: str, folder: Path, accelerator: Accelerator) -> None:
+    """Score the saved predictions again: after a change of the rules, the gold answers or --benchmark. Needs no model."""
+    rows, problems = load_rows(data_path, cfg.image_root, ("answer",), cfg.benchmark)
+    stop_for_broken_rows(data_path, problems, cfg, accelerator)
+    if accelerator.is_main_process:
+        if cfg.skip_bad_rows:  # rows that were dropped when their pictures were opened
+            saved = {record["qid"] for mode in MODES for record in read_jsonl(folder / f"predictions_{mode}.jsonl")}
+            rows = [row for row in rows if row.qid in saved]
+        score_folder(cfg, rows, data_path, folder)
+    accelerator.wait_for_everyone()
+
+
+def evaluation_table(title: str, folders: dict[str, Path]) -> str:
+    """One table over all models evaluated on a file; at the end of a line the 95 % interval and what the benchmark adds."""
+    width, lines = max(map(len, folders)) + 2, []
+    scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
+    for mode, name in itertools.product(MODES, folders):
+        if row := scores[name].get(mode):
+            cells = ["-" if row[c] is None else f"{row[c]:.{1 if c == 'tokens' else 3}f}" for c in COLUMNS]
+            more = {"extracted": row["extracted"]} | {
+                key: value for key, value in row["further"].items() if value is not None
+            }
+            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells)
+                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.4g}" for key in more))  # fmt: skip
+            last = row
+    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
+    sampled = f"; sampled: {last['responses_each']} responses each, T = {last['temperature']}" if last["temperature"] else ""
+    return "\n".join([header, *lines, f"{last['n']} questions of {title}, judged by rule: {last['benchmark']}{sampled}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Memory: what a step will need, before it needs it
 
 
@@ -1892,6 +1559,13 @@ def device_bytes(accelerator: Accelerator) -> int:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_properties(accelerator.device).total_memory
     return psutil.virtual_memory().total // local_processes()
+
+
+def peak_gib(accelerator: Accelerator) -> float:
+    """Of this process so far: GPU memory, on a CPU all of its memory."""
+    on_gpu = accelerator.device.type == "cuda"
+    used = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round(used / 2**30, 2)
 
 
 def local_processes() -> int:
@@ -2034,7 +1708,6 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
         rollout.advantage = advantage
     timed("reference", lambda: add_reference(rollouts, reference, cfg, accelerator))
     timed("update", lambda: update_on_rollouts(rollouts, model, None, optimizer, cfg, accelerator))
-    cuda, used = accelerator.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF)
     tokens = sum(len(r.tokens) for r in rollouts) * accelerator.num_processes
     result = {
         "engine": "fast" if policy.fast else "plain", "parameters": sum(p.numel() for p in policy.parameters()),
@@ -2044,7 +1717,7 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
         "step_wall_s": round(sum(wall.values()), 3), "step_cpu_s": round(sum(cpu.values()), 3),
         "tokens_per_s": {name: round(tokens / value, 1) for name, value in wall.items() if value},
         "planned_gib": round(planned, 2), "there_gib": round(device_bytes(accelerator) / 2**30, 1),
-        "peak_gib": round((torch.cuda.max_memory_allocated() if cuda else used.ru_maxrss * 1024) / 2**30, 2),
+        "peak_gib": peak_gib(accelerator),
     }  # fmt: skip
     for name in wall:
         accelerator.print(f"  {name:<10}{wall[name]:9.2f} s   {tokens / wall[name]:10.0f} completion tokens/s")
@@ -2054,97 +1727,435 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Survival: signals, a lock on the run folder, files that are whole or not there, faults that say what to do
 
 
-COLUMNS = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
-MODES = ("greedy", "sampled")
+class RunError(Exception):
+    """The world failed in the middle of a run (memory, disk, a reward, numbers): says what, and how to go on."""
 
 
-def test_files(cfg: Config) -> dict[str, str]:
-    """{name: path} of the files to evaluate on."""
-    paths = (cfg.from_data or cfg.test_data).split(",")
-    files = {Path(path).stem: path for path in paths}
-    if len(files) < len(paths):
-        raise ConfigError(f"--test_data {','.join(paths)}: each file needs a name of its own")
-    return files
+class RewardError(RunError):
+    """A reward failed on one response."""
+
+    def __init__(self, rollout: Rollout, reason: str):
+        row = rollout.prompt.row
+        self.sample = {"qid": row.qid, "row": row.where, "problem": row.problem, "answer": row.answer, "response": rollout.text, "error": reason}  # fmt: skip
+        super().__init__(f"the reward failed on question {row.qid} ({row.where}): {reason}\nThe response: {rollout.text[:2000]}")  # fmt: skip
 
 
-def evaluate(cfg: Config, policy: Policy, data_path: str, folder: Path, accelerator: Accelerator) -> None:
-    """Answer held-out questions greedily and sampled; write predictions and scores.json."""
-    rows = checked_rows(data_path, cfg, policy, accelerator, need=("answer",))
-    clip = load_clip(cfg, accelerator) if cfg.clip_model else None
-    policy.to(accelerator.device)
-    for mode, n, temperature in zip(MODES, (1, cfg.eval_samples), (0.0, cfg.eval_temperature)):
-        if n:
-            answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)
-    if clip and (cut := sum(gather_object([clip.cut_texts]))):
-        accelerator.print(f"{cut} sentences were longer than CLIP's text window; it saw the beginning of them")
+class Interrupted(Exception):
+    """A signal (args[0]) has stopped the run; what it had in hand is finished and saved."""
+
+
+class Signals:
+    """Inside, SIGTERM and Ctrl-C are only noted, and the run stops where it can go on later: at the end of a step or a chunk.
+    A second one, a second or more later (launchers pass on what the terminal has sent to all), stops it at once."""
+
+    number = noted = 0
+
+    def __enter__(self):
+        self.number, self.before = 0, {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        if self.number and time.monotonic() - self.noted >= 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.noted = number, time.monotonic()
+            name = signal.Signals(number).name  # os.write: print must not be used inside a signal
+            os.write(2, f"\npebr.py: {name}: stops after the step in hand; once more stops at once\n".encode())
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+SIGNALS = Signals()
+
+
+def stop_if_asked(accelerator: Accelerator, save=lambda: None) -> None:
+    """If some process has noted a signal, save and raise Interrupted: on all processes, so that none waits for another."""
+    if number := int(accelerator.gather(torch.tensor([SIGNALS.number], device=accelerator.device)).max()):
+        save()
+        raise Interrupted(number)
+
+
+@contextmanager
+def run_lock(folder: Path, accelerator: Accelerator):
+    """One run at a time in a run folder: inside, the main process has run.lock, which the kernel frees if the process is killed.
+
+    Raises ConfigError, on all processes, if the folder is in use or cannot be written."""
+    problem, lock = [""], nullcontext()
     if accelerator.is_main_process:
-        score_folder(cfg, rows, data_path, folder)
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = open(folder / "run.lock", "a+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}", file=lock, flush=True)
+        except RunError as error:
+            problem = [str(error)]
+        except BlockingIOError:
+            lock.seek(0)
+            problem = [f"{folder} is in use by {lock.read().strip()}: wait for it, or use another --run_dir"]
+        except OSError as error:
+            print(f"{folder} cannot be locked here ({error}): take care that no two runs use it at once", flush=True)
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise ConfigError(problem[0])
+    with lock:
+        yield
 
 
-def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> None:
-    """Grade the predictions saved in a folder: verdicts go into the predictions, totals into scores.json.
+@contextmanager
+def writing(path: Path):
+    """Inside, a full disk or a folder that cannot be written raises RunError, which names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # which is how torch.save says it
+            raise
+        raise RunError(f"cannot write {path}: {error}\nMake room, or make it writable. Nothing finished is lost: the same command "
+                       "then goes on from the last checkpoint.") from error  # fmt: skip
 
-    Predictions for a TSV are written in VLMEvalKit's layout too: the input's columns, less the image, and the prediction.
-    Raises DataError for a question without a prediction.
+
+def sync(path: Path) -> None:
+    """Returns once the file, or what the folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError) if path.is_dir() else writing(path):  # some filesystems cannot sync a folder
+        os.fsync(handle)
+    os.close(handle)
+
+
+OUT_OF_MEMORY = {  # what to lower, by the function that memory ran out in
+    "load_policy": "loading a model: take a smaller --model, more processes that shard it, or (GRPO) --kl_coef 0, which needs no reference model",
+    "load_clip": "loading CLIP: --clip_device cpu keeps it off the GPU, or take a smaller --clip_model",
+    "generate_rollouts": "the rollout: lower --generate_batch_size, then --max_new_tokens",
+    "score_rollouts": "the reward: --clip_device cpu keeps CLIP off the GPU",
+    "rollout_logprobs": "the reference's log-probs: lower --micro_batch_size, then --max_new_tokens and --max_pixels",
+    "optimizer_step": "the update: lower --micro_batch_size, then --max_new_tokens (warm-up: --max_sft_length) and --max_pixels",
+    "save_checkpoint": "writing a checkpoint: raise --checkpoint_every, or free memory of the machine",
+}  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Which flag to lower, told from the function that was at work; "" if the error is another one."""
+    if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+        return ""
+    at_work = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    phases = [text for name, text in OUT_OF_MEMORY.items() if name in at_work]
+    phase = phases[0] if phases else "none of the known phases: lower --micro_batch_size or --max_pixels"
+    return f"out of memory in {phase}. The same command with that flag goes on from the last checkpoint.\n{error}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks: settings that cannot work, model folders that are not what they seem
+
+
+def check_config(cfg: Config, num_processes: int) -> None:
+    """Raises ConfigError for settings that cannot work, before anything is loaded."""
+
+    def need(condition, message):
+        if not condition:
+            raise ConfigError(message)
+
+    for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
+                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"], clip_device=["", "cpu"]).items():  # fmt: skip
+        need(
+            getattr(cfg, name) in allowed,
+            f"--{name} {getattr(cfg, name)}: must be one of {', '.join(filter(None, allowed))}",
+        )
+    for f in fields(Config):
+        if f.type in (int, float):
+            need(0 <= getattr(cfg, f.name) < math.inf, f"--{f.name} {getattr(cfg, f.name)}: must be a number, not negative")
+    for name in ("epochs", "max_new_tokens", "micro_batch_size", "min_pixels", "temperature", "sft_batch_size",
+                 "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature", "keep_checkpoints"):  # fmt: skip
+        need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):  # what accelerate's launcher and its saved config say
+        need(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "false",
+             f"accelerate is set to use {name}, which is not supported: launch with --multi_gpu, or run `accelerate config` anew")  # fmt: skip
+    need(not os.path.isfile(cfg.run_dir), f"--run_dir {cfg.run_dir}: is a file")
+    trackers = [str(tracker.value) for tracker in get_available_trackers()]
+    need(
+        not cfg.log_with or cfg.log_with in trackers,
+        f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}",
+    )
+    need(
+        cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more"
+    )
+    need(
+        cfg.clip_dual == 0 or cfg.clip_dual > 1,
+        f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient",
+    )
+    need(
+        not cfg.random_init or cfg.stage == "dryrun",
+        "--random_init is for --stage dryrun: nothing trains from random weights",
+    )
+    need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
+    need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
+    need(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo} must be less than --cosine_hi {cfg.cosine_hi}")
+    if cfg.stage in (*STAGE_REWARDS, "dryrun"):
+        need(cfg.rollout_batch_size % cfg.update_batch_size == 0,
+             f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --update_batch_size {cfg.update_batch_size}")  # fmt: skip
+        need(cfg.update_batch_size % num_processes == 0,
+             f"--update_batch_size {cfg.update_batch_size} does not divide over {num_processes} processes (whole groups stay together)")  # fmt: skip
+    need(cfg.stage != "warmup" or cfg.sft_batch_size % num_processes == 0,
+         f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
+    need(not cfg.benchmark or cfg.benchmark in BENCHMARKS,
+         f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")  # fmt: skip
+    need(not cfg.regrade or cfg.stage == "evaluate", "--regrade is for --stage evaluate")
+    for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
+        need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
+    need(cfg.stage != "perception" or cfg.clip_model,
+         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or fg-clip:my_fg_clip_folder")  # fmt: skip
+
+
+def told(error: Exception) -> str:
+    """A library's error in one line of bearable length, with its type where the message alone says too little."""
+    text = str(error) if " " in str(error) else repr(error)
+    return " ".join(text.split())[:600]
+
+
+def folder_advice(path: str, error: Exception) -> str:
+    """What to do about a model folder that cannot be loaded."""
+    pickles = [file.name for file in sorted(Path(path).glob("*")) if file.suffix in (".bin", ".pt", ".pth")]
+    if pickles and not any(Path(path).glob("*.safetensors")):
+        return (
+            f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
+        )
+    if "trust_remote_code" in str(error):
+        return "the code in it runs with --trust_remote_code only"
+    return "it must be a vision-language model's whole folder: config, safetensors, tokenizer, processor, chat template"
+
+
+def check_policy(path: str, model, processor, broken: list[str]) -> None:
+    """Raises ConfigError for a folder that loads, but not to the model that was meant. broken: tensors that did not fit."""
+    broken += [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    rows, words = model.get_input_embeddings().num_embeddings, len(processor.tokenizer)
+    if broken:
+        raise ConfigError(f"{path}: {len(broken)} tensors are missing, of another shape or not finite, first {broken[0]}: "
+                          "its weights belong to another config.json, or are incomplete")  # fmt: skip
+    if words > rows:
+        raise ConfigError(f"{path}: its tokenizer has {words} tokens, the model only {rows}: it belongs to another model")
+    ids = {name: getattr(model.config, name, None) for name in MARK_IDS}
+    if wrong := [name for name, i in ids.items() if i is not None and not 0 <= i < rows]:
+        raise ConfigError(f"{path}: {wrong[0]} {ids[wrong[0]]} of its config.json is none of the model's {rows} tokens")
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
+    row = Row("", "", "q", "", ["a picture"])
+    try:
+        prompt = processor_inputs(processor, row, [Image.new("RGB", (112, 112))], "{question}")["input_ids"]
+    except Exception as error:  # templates and processors raise what they like
+        raise ConfigError(f"{path}: its processor cannot write a prompt with one picture ({told(error)}): "
+                          "chat template, tokenizer and processor must come from one model")  # fmt: skip
+    marks = [mark for mark in (ids["image_token_id"], ids["image_token_index"]) if mark is not None]
+    if marks and not set(marks) & set(prompt[0].tolist()):
+        raise ConfigError(f"{path}: its processor marks no picture with the image token {marks[0]} of config.json: "
+                          "tokenizer and model must belong together")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage folders: what is done, with which settings, and what it was made from
+
+
+def read_record(folder: Path) -> dict | None:
+    """The stage.json of a folder, None without one. Raises ConfigError if it is not what begin_stage has written."""
+    if not Path(folder, "stage.json").is_file():
+        return None
+    with suppress(ValueError):
+        record = json.loads(Path(folder, "stage.json").read_text())
+        if isinstance(record, dict) and {"finished", "settings", "inputs", "from"} <= record.keys():
+            return record
+    raise ConfigError(f"{folder}/stage.json is damaged: delete the folder {folder} to make the stage again")
+
+
+def fingerprint(path: str) -> str:
+    """Of a stage's folder: the moment it was finished. Of a file: its content. Of anything else: its name."""
+    if os.path.isfile(path):
+        return hashlib.sha1(Path(path).read_bytes()).hexdigest()
+    if record := read_record(path):
+        return record["finished"]
+    return os.path.realpath(path) if os.path.isdir(path) else path
+
+
+def is_finished(folder: Path) -> bool:
+    return bool((read_record(folder) or {}).get("finished"))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    replace_file(path, json.dumps(value, indent=1))
+
+
+def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, accelerator: Accelerator) -> bool:
+    """Make or find the stage's folder. True: run it (from its start or its checkpoint); False: it is finished.
+
+    Raises ConfigError if the folder was made from other inputs, or (unless it is finished and nobody asked for it) with
+    other settings.
     """
-    scores, earlier = {}, folder / "scores.json"
-    earlier = json.loads(earlier.read_text()) if earlier.is_file() else {}  # a regraded file keeps its temperature
-    for mode, temperature in zip(MODES, (0.0, cfg.eval_temperature)):
-        path = folder / f"predictions_{mode}.jsonl"
-        if saved := {record["qid"]: record for record in read_jsonl(path)}:
-            if missing := [row.where for row in rows if row.qid not in saved]:
-                raise DataError(
-                    f"{path} has no prediction for {len(missing)} questions, the first is {missing[0]}: evaluate first"
-                )
-            records = [saved[row.qid] for row in rows]
-            if len(counts := {len(record["responses"]) for record in records}) > 1:
-                raise DataError(
-                    f"{path} has {min(counts)} to {max(counts)} responses to a question: it takes the same number for each"
-                )
-            scores[mode] = {
-                "temperature": earlier.get(mode, {}).get("temperature", temperature),
-                **score_predictions(rows, records),
-            }
-            write_jsonl(path, records)
-            if data_path.lower().endswith(".tsv"):
-                with writing(path):
-                    write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
-    if not scores:
-        raise DataError(f"{folder} has no predictions to score")
-    write_json(folder / "scores.json", scores)
-
-
-def regrade(cfg: Config, data_path: str, folder: Path, accelerator: Accelerator) -> None:
-    """Score the saved predictions again: after a change of the rules, the gold answers or --benchmark. Needs no model."""
-    rows, problems = load_rows(data_path, cfg.image_root, ("answer",), cfg.benchmark)
-    stop_for_broken_rows(data_path, problems, cfg, accelerator)
+    settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
+    settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
+    inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
+    stop_if_asked(accelerator)
+    run, removed = True, folder.with_name(f".{folder.name}.removed")
     if accelerator.is_main_process:
-        if cfg.skip_bad_rows:  # rows that were dropped when their pictures were opened
-            saved = {record["qid"] for mode in MODES for record in read_jsonl(folder / f"predictions_{mode}.jsonl")}
-            rows = [row for row in rows if row.qid in saved]
-        score_folder(cfg, rows, data_path, folder)
+        shutil.rmtree(removed, ignore_errors=True)
+        if cfg.overwrite and asked and read_record(folder):
+            with writing(folder):  # renamed first: if this is killed, half of it must not pass for a stage
+                shutil.rmtree(folder.rename(removed))
+    accelerator.wait_for_everyone()
+    if old := read_record(folder):
+        run = not old["finished"]
+        changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
+        if asked or run:
+            changed += [
+                f"{n} was {old['settings'].get(n)!r}, now {v!r}" for n, v in settings.items() if old["settings"].get(n) != v
+            ]
+        if changed:
+            raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
+                              + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
+    accelerator.wait_for_everyone()
+    if run and accelerator.is_main_process:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
+                                           "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
+        write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
+    elif accelerator.is_main_process:
+        remove_leftovers(folder)  # of a run that was killed at the very end
+    accelerator.wait_for_everyone()
+    if run or asked:
+        accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
+    return run
+
+
+def finish_stage(folder: Path, accelerator: Accelerator) -> None:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in [*filter(Path.is_file, folder.iterdir()), folder]:
+            sync(path)
+        write_json(folder / "stage.json", {**read_record(folder), "finished": str(time.time_ns())})
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Of a finished stage: its checkpoints, and what a kill has left half written (.tmp*: safetensors)."""
+    for path in [*checkpoints(folder), folder / "writing"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".tmp*"):
+        path.unlink()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The whole lines of a file that may end in a torn one."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def append_jsonl(path: Path, records: list[dict]) -> None:
+    with writing(path), open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def torn(checkpoint: Path) -> str:
+    """What a checkpoint lacks of what its complete.json lists; "" for a whole one."""
+    try:
+        files = json.loads((checkpoint / "complete.json").read_text())["files"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return "complete.json is missing or broken"
+    sizes = {name: (checkpoint / name).stat().st_size for name in files if (checkpoint / name).is_file()}
+    wrong = [name for name in files if sizes.get(name) != files[name]]
+    return f"{wrong[0]} has {sizes.get(wrong[0], 0)} bytes of {files[wrong[0]]}" if wrong else ""
+
+
+def save_checkpoint(folder: Path, step: int, cfg: Config, accelerator: Accelerator) -> None:
+    """Model, optimizer and the random states of every process after `step` steps. The learning rate, the position in the data
+    and the seeds of the rollouts follow from the step. Older ones go only when the new one is whole and on the disk."""
+    unfinished, target = folder / "writing", folder / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    accelerator.wait_for_everyone()
+    with writing(target):
+        accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = {str(path.relative_to(unfinished)): path.stat().st_size for path in unfinished.rglob("*") if path.is_file()}
+        with writing(target):
+            for path in [*unfinished.rglob("*"), *folder.glob("*.jsonl")]:
+                sync(path)
+            record = {"step": step, "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2, "files": files}
+            write_json(unfinished / "complete.json", record)
+            sync(unfinished)
+            shutil.rmtree(target, ignore_errors=True)  # a torn one
+            unfinished.rename(target)
+            sync(folder)
+        whole = [checkpoint for checkpoint in checkpoints(folder) if not torn(checkpoint)]
+        for checkpoint in set(checkpoints(folder)) - set(whole[-cfg.keep_checkpoints :]):
+            shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
 
 
-def evaluation_table(title: str, folders: dict[str, Path]) -> str:
-    """One table over all models evaluated on a file; at the end of a line the 95 % interval and what the benchmark adds."""
-    width, lines = max(map(len, folders)) + 2, []
-    scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
-    for mode, name in itertools.product(MODES, folders):
-        if row := scores[name].get(mode):
-            cells = ["-" if row[c] is None else f"{row[c]:.{1 if c == 'tokens' else 3}f}" for c in COLUMNS]
-            more = {"extracted": row["extracted"]} | {
-                key: value for key, value in row["further"].items() if value is not None
-            }
-            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells)
-                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.4g}" for key in more))  # fmt: skip
-            last = row
-    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
-    sampled = f"; sampled: {last['responses_each']} responses each, T = {last['temperature']}" if last["temperature"] else ""
-    return "\n".join([header, *lines, f"{last['n']} questions of {title}, judged by rule: {last['benchmark']}{sampled}"])
+def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
+    """Steps already done (0 without a whole checkpoint). Log lines that are newer than the checkpoint are taken back."""
+    step, found = 0, checkpoints(folder)
+    while found and (problem := torn(found[-1])):
+        accelerator.print(f"{found[-1]} is torn ({problem}): going back to the one before it")
+        found.pop()
+    if found:
+        record = json.loads((found[-1] / "complete.json").read_text())
+        step, processes = record["step"], record["processes"]
+        if record["sharded"] != accelerator.is_fsdp2:
+            raise ConfigError(
+                f"{found[-1]} was made {'with' if record['sharded'] else 'without'} FSDP: start in the same way, or --overwrite"
+            )
+        accelerator.load_state(str(found[-1]))
+        accelerator.print(f"resuming after step {step}")
+        if processes != accelerator.num_processes:
+            accelerator.print(f"  made by {processes} processes, now {accelerator.num_processes}: the same data and counts, but not bit-identical, "
+                              "because sums are added up in another order")  # fmt: skip
+    if accelerator.is_main_process:
+        for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "timing.jsonl")):
+            if path.is_file():
+                write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
+    accelerator.wait_for_everyone()
+    return step
+
+
+def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
+    """After each step, on all processes: stop if too many updates in a row were skipped; a checkpoint if one is due, or if a
+    signal has come, which then stops the run. samples(): what this process trained on in the step."""
+    if metrics["skipped_updates"] and cfg.max_skipped_updates:
+        accelerator.wait_for_everyone()
+        last = itertools.takewhile(lambda record: record["skipped_updates"], reversed(read_jsonl(folder / "metrics.jsonl")))
+        skipped, samples = sum(record["skipped_updates"] for record in last), gather_object(samples())
+        if skipped >= cfg.max_skipped_updates:
+            if accelerator.is_main_process:
+                write_json(folder / "non_finite.json", samples)
+            raise RunError(f"step {step}: {skipped:.0f} updates in a row had a non-finite loss or gradient and were skipped. The step's "
+                           f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
+    save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
+    stop_if_asked(accelerator, save)
+    if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+        save()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2187,6 +2198,7 @@ def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) ->
         accelerator.print(f"{folder}: done in {time.perf_counter() - clock:.0f} s")
         for tracker in accelerator.trackers:
             tracker.finish()
+        accelerator.trackers = []
     return str(folder)
 
 
@@ -2194,7 +2206,7 @@ def hard_cases(cfg: Config, model: str, data: str, asked: bool, accelerator: Acc
     """Warm-up rows that the base model gets wrong every time (the paper's overview figure), by sampling it on them first."""
     folder = Path(cfg.run_dir, "sample_base")
     if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
-        sample(cfg, model, data, folder, accelerator)
+        sample(cfg, model, data, folder, accelerator, need=("answer",))  # warm-up rows have no keywords
         finish_stage(folder, accelerator)
     return str(folder / "hard.json")
 
