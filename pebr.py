@@ -1396,10 +1396,10 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
     if not rows:
         raise DataError(f"{data_path}: no question with a picture")
-    print_memory_plan(policy, cfg, accelerator)
+    clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
+    print_memory_plan(policy, clip, cfg, accelerator)
     model, optimizer = prepare_training(policy, cfg, accelerator)
     reference = load_reference(model_path, cfg, accelerator)
-    clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
     precision = cfg.keyword_precision and "keyword" in reward_weights
     vocabulary = keyword_set([word for row in rows if precision for word in row.key_words])
     if clip and accelerator.is_main_process and not (folder / "clip_calibration.json").is_file():
@@ -1597,15 +1597,17 @@ def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator, n
     return max(n, size // n * n)
 
 
-def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
+def memory_plan(policy: Policy, clip: ClipScorer | None, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
     """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
     text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
     T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
     tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
     layers, layer = text.num_hidden_layers, tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_
     kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
+    beside = clip and torch.device(clip.device).type == accelerator.device.type
     plan = {
         **held_bytes(policy, cfg, accelerator),
+        "CLIP": sum(p.nbytes for p in clip.model.parameters()) if beside else 0,
         "KV cache of a rollout": kv_bytes(policy, cfg, cfg.group_size)
         * generate_batch_size(policy, cfg, accelerator, cfg.group_size),
         "activations of an update": kept,
@@ -1614,18 +1616,19 @@ def memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[s
     return {name: value / 2**30 for name, value in plan.items()}
 
 
-def print_memory_plan(policy: Policy, cfg: Config, accelerator: Accelerator) -> float:
+def print_memory_plan(policy: Policy, clip: ClipScorer | None, cfg: Config, accelerator: Accelerator) -> float:
     """The plan beside what there is, and what to lower if it does not fit. Returns the GiB needed at the worst moment."""
-    plan, there = memory_plan(policy, cfg, accelerator), device_bytes(accelerator) / 2**30
-    states, copy, reference, rollout, *update = plan.values()
-    needed = states + copy + reference + max(rollout, sum(update))  # rollout and update take turns
+    plan, there = memory_plan(policy, clip, cfg, accelerator), device_bytes(accelerator) / 2**30
+    *held, rollout, activations, logits = plan.values()
+    held, update = sum(held), activations + logits
+    needed = held + max(rollout, update)  # they take turns
     for name, value in plan.items():
         accelerator.print(f"  {value:8.2f} GiB  {name}")
     accelerator.print(f"  {needed:8.2f} GiB  needed on each process, {there:.1f} GiB there")
     if needed > there:
         takes = "to lower --micro_batch_size, then --max_new_tokens and --max_pixels"
-        takes = "to lower --generate_batch_size" if rollout > sum(update) else takes
-        takes = "more memory, or --kl_coef 0 (no reference model)" if states + copy + reference > there else takes
+        takes = "to lower --generate_batch_size" if rollout > update else takes
+        takes = "more memory, or --kl_coef 0 (no reference model)" if held > there else takes
         accelerator.print(f"  THIS DOES NOT FIT: it takes {takes}")
     return needed
 
@@ -1679,10 +1682,10 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     """
     policy = load_policy(cfg.from_model or cfg.model, cfg)
     accelerator.print(f"memory plan ({sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters)")
-    planned = print_memory_plan(policy, cfg, accelerator)
-    reference = load_reference(cfg.from_model or cfg.model, cfg, accelerator)
     clip = load_clip(cfg, accelerator) if cfg.clip_model else None
+    planned = print_memory_plan(policy, clip, cfg, accelerator)
     model, optimizer = prepare_training(policy, cfg, accelerator)
+    reference = load_reference(cfg.from_model or cfg.model, cfg, accelerator)
     policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
     allocate_adam(model, optimizer, cfg)
     with tempfile.TemporaryDirectory() as folder:

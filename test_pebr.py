@@ -3522,7 +3522,7 @@ def test_a_dry_run_measures_one_full_length_step_of_a_shape_without_weights(fami
     assert (results["auto"]["engine"], results["plain"]["engine"]) == ("fast", "plain")
 
 
-def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypatch, capsys):
+def test_the_memory_plan_names_what_to_lower(policy, toy, cfg, accelerator, monkeypatch, capsys):
     cfg = pebr.replace(
         cfg, max_prompt_length=1000, max_new_tokens=500, generate_batch_size=0, rollout_batch_size=8, kl_coef=0.0
     )
@@ -3531,8 +3531,11 @@ def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypat
     policy.fast = False
     assert pebr.kv_bytes(policy, cfg, 3) == 2 * 2 * 2 * 16 * 4 * 1500
     weights = sum(p.numel() for p in policy.parameters())
-    plan = pebr.memory_plan(policy, cfg, accelerator)
-    assert plan["weights, gradients, Adam"] * 2**30 == 16 * weights and plan["reference model"] == 0
+    plan = pebr.memory_plan(policy, None, cfg, accelerator)
+    assert plan["weights, gradients, Adam"] * 2**30 == 16 * weights and plan["reference model"] == plan["CLIP"] == 0
+    clip = rewards.ClipScorer(f"local-dir:{toy / 'clip'}")
+    beside = pebr.memory_plan(policy, clip, cfg, accelerator)["CLIP"] * 2**30
+    assert beside == 4 * sum(p.numel() for p in clip.model.parameters())
     monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg, 3))
     assert pebr.generate_batch_size(policy, cfg, accelerator, 3) == 6  # room for 7 in half of what is left, groups of 3
     assert pebr.generate_batch_size(policy, pebr.replace(cfg, generate_batch_size=7), accelerator, 3) == 6
@@ -3541,7 +3544,7 @@ def test_the_memory_plan_names_what_to_lower(policy, cfg, accelerator, monkeypat
         (dict(generate_batch_size=900), "--generate_batch_size"),
         (dict(micro_batch_size=900), "--micro_batch_size"),
     ):
-        pebr.print_memory_plan(policy, pebr.replace(cfg, **changes), accelerator)
+        pebr.print_memory_plan(policy, None, pebr.replace(cfg, **changes), accelerator)
         assert f"DOES NOT FIT: it takes to lower {flag}" in capsys.readouterr().out
 
 
