@@ -13,7 +13,7 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
 Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir and takes
 its model and data from the stages before it, which are made first if they are missing (evaluate scores what there is). The
 file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, what the stages share, warm-up,
-sampling, GRPO, evaluation. That is the method; what keeps a run alive comes after it: memory plan, dry run, faults, checks,
+sampling, GRPO, evaluation. That is the method; what keeps a run alive comes after it: memory plan, dry run, survival, checks,
 stage folders, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
 Where this departs from the paper's released code, and why:
@@ -35,7 +35,8 @@ Where this departs from the paper's released code, and why:
 [10] Sampling allows prompts of 8192 tokens: its own pixel limit (4,194,304) is up to 5,350 image tokens, more than 2048.
 [11] A prompt and its pictures go through the model once per group (FAST_FAMILIES), in rollouts and in updates. Theirs repeat them.
 [12] The instruction around a question is worded anew, with the same headings; --prompt_file takes theirs.
-[13] Old log-probs are those that the sampler computed, theirs are of one more forward. The difference is logged: sampler_gap.
+[13] From a step's second update on, old log-probs are those that the sampler computed; theirs are of one more forward. The
+     difference is logged: sampler_gap. At the first update the old policy is the policy itself.
 [14] Answers are graded by a grader of our own. Theirs, mathruler, disagrees with a person on a third of clear pairs (README).
 Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so rollouts come from a
 slightly narrower distribution than the one that is scored.
@@ -168,7 +169,7 @@ class Config:
     weight_decay: float = option(0.01, "AdamW (warm-up: 0)", TRAIN)
     grad_clip: float = option(1.0, "gradient norm limit; a non-finite norm skips the update", TRAIN)
     epochs: int = option(1, "passes over the stage's data (warm-up 2, reasoning 2)", TRAIN)
-    max_steps: int = option(0, "stop after so many steps, 0 = as many as the epochs have", TRAIN)
+    max_steps: int = option(0, "train so many steps, whatever --epochs says; 0 = as many as the epochs have", TRAIN)
     freeze_vision: bool = option(False, "vision tower and projector stay as they are (warm-up: yes)", TRAIN)
     sft_batch_size: int = option(128, "warm-up rows per update, over all processes", TRAIN)
     rollout_batch_size: int = option(512, "questions per step, over all processes (perception: 560)", TRAIN)
@@ -235,7 +236,7 @@ TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs m
 GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(
     f.name for f in fields(Config) if f.metadata["group"] == GRPO
 )
-SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs are compared by content)
+SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs: see fingerprint)
     "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
     "sample": SAMPLING,
     "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi keyword_precision",
@@ -248,6 +249,7 @@ PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MU
 MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
 LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
+ROOM = 64  # tokens by which a response's part of the KV cache grows
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -552,51 +554,64 @@ class GroupCache:
 
     prompts: list[tuple[torch.Tensor, torch.Tensor]]  # of each layer (P, kv heads, T, dim)
     bias: torch.Tensor  # (P, 1, 1, T): 0, or -inf where a prompt is padded
-    prompt: torch.Tensor  # (rows,) index of a row's prompt
-    place: torch.Tensor  # (rows,) its place 0 .. n - 1 among the prompt's rows
-    n: int
+    n: int  # responses to a prompt
+    slot: torch.Tensor  # (rows,): row r is response slot % n to prompt slot // n
     own: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # of each layer (rows, kv heads, room, dim)
 
     def append(self, layer: int, step: int, key: torch.Tensor, value: torch.Tensor):
         """Takes the new token's key and value (rows, kv heads, 1, dim), gives those of the response so far."""
+        more = lambda x: x.new_zeros(*x.shape[:2], ROOM, x.shape[3])
         if layer == len(self.own):
-            self.own.append((key.repeat(1, 1, 64, 1), value.repeat(1, 1, 64, 1)))  # room for 64 tokens, doubled when full
+            self.own.append((more(key), more(value)))
         if step == self.own[layer][0].shape[2]:
-            self.own[layer] = tuple(torch.cat([x, x], 2) for x in self.own[layer])
+            self.own[layer] = tuple(torch.cat([x, more(x)], 2) for x in self.own[layer])
         keys, values = self.own[layer]
         keys[:, :, step], values[:, :, step] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, : step + 1], values[:, :, : step + 1]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows go on, and only the prompts that they follow."""
-        used, self.prompt = self.prompt[rows].unique(return_inverse=True)
-        self.place, self.own = self.place[rows], [(keys[rows], values[rows]) for keys, values in self.own]
+        """Only these rows go on, and only the prompts that they follow. Layer by layer, so that there are never two caches."""
+        used, prompt = (self.slot[rows] // self.n).unique(return_inverse=True)
+        self.slot = prompt * self.n + self.slot[rows] % self.n
+        for i, (keys, values) in enumerate(self.own):
+            self.own[i] = keys[rows], values[rows]
         if len(used) < len(self.bias):
-            self.bias, self.prompts = self.bias[used], [(keys[used], values[used]) for keys, values in self.prompts]
+            self.bias = self.bias[used]
+            for i, (keys, values) in enumerate(self.prompts):
+                self.prompts[i] = keys[used], values[used]
+
+
+def prefill(policy: Policy, prompts: list[Prompt], n: int) -> tuple[torch.Tensor, torch.Tensor, GroupCache]:
+    """One forward over P prompts. Returns the logits (P, V) and the position (P, 1) of what comes next, and the cache."""
+    batch, rows = collate(prompts, None, policy.pad_id, policy.device), len(prompts) * n
+    positions, next_position = rope_positions(policy, batch)
+    padding = batch["attention_mask"][:, None, None] == 0
+    batch.pop("mm_token_type_ids", None)  # positions are given, so the model has no use for them
+    out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    dtype = out.logits.dtype  # under autocast the cache is float32: its keys come from the rotary embedding
+    layers = [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in out.past_key_values.layers]
+    bias = torch.zeros(padding.shape, device=policy.device).masked_fill(padding, float("-inf"))
+    return out.logits[:, -1], next_position, GroupCache(layers, bias, n, torch.arange(rows, device=policy.device))
 
 
 def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
-    """Prefill each prompt and its pictures once, decode n responses to each against that one KV cache. Rows that have ended
+    """Prefill each prompt and its pictures once [11], decode n responses to each against that one KV cache. Rows that have ended
     leave together, an eighth of the batch at a time: each leaving copies the cache.
 
     choose: logits (B, V), noise (B, 8) -> tokens (B,), log-probs (B,). noise: (P * n, max_new_tokens, 8).
     Returns [((C,) tokens, (C,) log-probs)] for P * n responses. Positions are explicit, so nothing stays on the model.
     """
-    batch, device = collate(prompts, None, policy.pad_id, policy.device), policy.device
-    positions, next_position = rope_positions(policy, batch)
-    batch.pop("mm_token_type_ids", None)
-    out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
-    bias = torch.zeros(batch["attention_mask"].shape, device=device).masked_fill(batch["attention_mask"] == 0, float("-inf"))
-    which, place = torch.arange(len(prompts) * n, device=device) // n, torch.arange(len(prompts) * n, device=device) % n
-    layers = [(layer.keys.to(layer.values.dtype), layer.values) for layer in out.past_key_values.layers]
-    cache = GroupCache(layers, bias[:, None, None], which, place, n)
-    logits, next_position = out.logits[which, -1], next_position[which]  # (P * n, V), (P * n, 1)
-    alive, ends = torch.arange(len(which), device=device), torch.tensor(policy.end_ids, device=device)
+    logits, next_position, cache = prefill(policy, prompts, n)
+    logits, next_position = logits.repeat_interleave(n, 0), next_position.repeat_interleave(n, 0)  # (P * n, V), (P * n, 1)
+    # tokens, ended, next_position and the cache have an entry for each row in alive. A row that has ended but not yet left
+    # goes on sampling; cut_at_end drops that.
+    alive, ends = cache.slot, torch.tensor(policy.end_ids, device=policy.device)
     ended, logprobs = torch.zeros_like(alive, dtype=torch.bool), torch.zeros_like(noise[..., 0])
     sampled = torch.zeros_like(logprobs, dtype=torch.long)  # (P * n, max_new_tokens)
     for step in range(cfg.max_new_tokens):
-        tokens, logprobs[alive, step] = choose(logits, noise[alive, step])  # (alive,)
-        sampled[alive, step], ended = tokens, ended | torch.isin(tokens, ends)
+        tokens, chosen = choose(logits, noise[alive, step])  # (alive,)
+        sampled[alive, step], logprobs[alive, step] = tokens, chosen
+        ended = ended | torch.isin(tokens, ends)
         going = (~ended).nonzero()[:, 0]
         if len(going) == 0 or step == cfg.max_new_tokens - 1:
             break
@@ -618,13 +633,13 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
     keys, values = cache.append(layer, step, key.to(value.dtype), value)  # (rows, kv heads, L, dim)
     query = (query * scaling).to(value.dtype)[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (rows, kv heads, R, dim)
 
-    def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); places of rows that have ended are 0
-        placed = x.new_zeros(len(cache.bias), cache.n, *x.shape[1:])
-        placed[cache.prompt, cache.place] = x
-        return placed.transpose(1, 2).flatten(2, 3)
+    def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); places of rows that have left are 0
+        placed = x.new_zeros(len(cache.bias) * cache.n, *x.shape[1:])
+        placed[cache.slot] = x
+        return placed.unflatten(0, (-1, cache.n)).transpose(1, 2).flatten(2, 3)
 
     def by_row(x):  # and back
-        return x.unflatten(2, (cache.n, -1)).transpose(1, 2)[cache.prompt, cache.place]
+        return x.unflatten(2, (cache.n, -1)).transpose(1, 2).flatten(0, 1)[cache.slot]
 
     scores = torch.cat([by_row(by_prompt(query) @ prompt_keys.mT + cache.bias), query @ keys.mT], -1)
     to_prompt, to_own = scores.float().softmax(-1).to(value.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
@@ -639,7 +654,7 @@ def sample_tokens(
 
     That log-prob is what the training forward computes for the token: it is taken before the ban and before top-p.
     temperature 0: the most likely token. Top-p by rejection, without sorting the vocabulary: a token is outside if more likely
-    ones hold top_p; then the row draws again, from those. (After eight refusals, all but impossible, it takes the likeliest.)
+    ones hold top_p; then the row draws again, from those. After seven refusals, which takes a small top_p, it sorts what is left.
     """
     logits = logits.float() / (temperature or 1.0)
     logprobs, allowed = logits.log_softmax(-1), logits.clone()
@@ -647,7 +662,7 @@ def sample_tokens(
     tokens = allowed.argmax(-1)
     if temperature:
         p, rows = allowed.softmax(-1), torch.arange(len(logits), device=logits.device)
-        for u in noise.T:
+        for u in noise.T[:-1]:
             heap = p.cumsum(-1)
             drawn = torch.searchsorted(heap, u[rows, None] * heap[:, -1:], right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
             p_drawn = p.gather(-1, drawn)
@@ -658,6 +673,11 @@ def sample_tokens(
             p, rows = more_likely[~inside], rows[~inside]
             if not len(rows):
                 break
+        else:
+            ranked, order = p.sort(-1, descending=True)
+            heap = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0).cumsum(-1)
+            drawn = torch.searchsorted(heap, noise[rows, -1:] * heap[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+            tokens[rows] = order.gather(-1, drawn)[:, 0]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -721,22 +741,22 @@ def plain_states(policy: Policy, prompts: list[Prompt], completions: list[torch.
 
 def packed_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
     """The same states from one row [prompt, c1 ... cG, next prompt, ...] without padding: a prompt and its pictures go through
-    the model once, however many completions follow it. Which tokens see each other is shared_prefix_attention's business."""
+    the model once, however many completions follow it. [11] Which tokens see each other is shared_prefix_attention's business."""
     groups = [list(group) for _, group in itertools.groupby(zip(prompts, completions), key=lambda pair: id(pair[0]))]
     batch = collate([group[0][0] for group in groups], None, policy.pad_id, "cpu")  # left-padded, (P, T)
     positions, next_position = rope_positions(policy, batch)  # (3, P, T), (P, 1)
-    ids, places, layout = [], [], []
+    row_ids, row_positions, layout = [], [], []
     for i, group in enumerate(groups):
-        tails = [c[:-1] for _, c in group]  # a completion's last token predicts nothing: it is no input
-        T, lengths = group[0][0].inputs["input_ids"].shape[1], [len(tail) for tail in tails]
-        ids += [batch["input_ids"][i, -T:], *tails]
+        inputs = [c[:-1] for _, c in group]  # a completion's last token predicts nothing: it is no input
+        T, lengths = group[0][0].inputs["input_ids"].shape[1], [len(c) for c in inputs]
         after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each directly follows the prompt
-        places += [positions[:, i, -T:], after.expand(3, -1)]
+        row_ids += [batch["input_ids"][i, -T:], *inputs]
+        row_positions += [positions[:, i, -T:], after.expand(3, -1)]
         layout.append((T, lengths))
     pictures = {name: batch[name].to(policy.device) for name in ("pixel_values", "image_grid_thw") if name in batch}
     hidden = policy.model.base_model(
-        input_ids=torch.cat(ids)[None].to(policy.device), position_ids=torch.cat(places, -1)[:, None].to(policy.device),
-        use_cache=False, groups=layout, **pictures,
+        input_ids=torch.cat(row_ids)[None].to(policy.device), use_cache=False, groups=layout, **pictures,
+        position_ids=torch.cat(row_positions, -1)[:, None].to(policy.device),
     ).last_hidden_state[0]  # fmt: skip
     states = []
     for (T, lengths), rows in zip(layout, hidden.split([T + sum(lengths) for T, lengths in layout])):
@@ -764,14 +784,18 @@ def shared_prefix_attention(
 def group_attention(query, key, value, T: int, lengths: list[int], scaling: float) -> torch.Tensor:
     """(1, heads, T + C1 + ... + CG, dim) of one group. Completions are padded in here, and nowhere else."""
     sdpa, L = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), max(lengths)
-    if len(lengths) == 1 or L == 0:
+    if len(lengths) == 1 or L == 0:  # nothing behind the prompt but one completion: plainly causal
         return sdpa(query, key, value, is_causal=True)
-    tail = lambda x: torch.cat([F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)])
-    full = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), tail(x)], 2)  # (G, heads, T + L, dim)
+    padded = lambda x: torch.cat(
+        [F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)]
+    )  # (G, heads, L, dim)
+    with_prompt = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), padded(x)], 2)  # (G, heads, T + L, dim)
     prompt = sdpa(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True)  # (1, heads, T, dim)
     # Lower-right causal: the kernel for it is a flash kernel on CUDA; a dense mask would not be.
-    tails = sdpa(tail(query), full(key), full(value), attn_mask=causal_lower_right(L, T + L))  # (G, heads, L, dim)
-    return torch.cat([prompt, *(tails[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
+    rest = sdpa(
+        padded(query), with_prompt(key), with_prompt(value), attn_mask=causal_lower_right(L, T + L)
+    )  # (G, heads, L, dim)
+    return torch.cat([prompt, *(rest[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -1001,6 +1025,8 @@ def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tupl
     """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
     stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
     rows, problems = load_rows(path, cfg.image_root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
+    if cfg.stage == "sample":  # warm-up rows too, with --warmup_cases hard, are questions here
+        rows = [replace(row, response="") for row in rows]
     instruction, mine = read_instruction(cfg), []
     share = range(accelerator.process_index, len(rows), accelerator.num_processes)
     for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
@@ -1123,8 +1149,8 @@ def answer_questions(
     earlier = [read_jsonl(path)] if accelerator.is_main_process else [None]
     broadcast_object_list(earlier)
     done = {record["qid"]: record for record in earlier[0]}
-    if accelerator.is_main_process and done:
-        write_jsonl(path, list(done.values()))  # without a torn last line
+    if accelerator.is_main_process:
+        write_jsonl(path, earlier[0])  # without a torn last line
     instruction = read_instruction(cfg)
     width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
@@ -1133,7 +1159,7 @@ def answer_questions(
         if any(row.qid not in done for row in chunk):
             mine = list(enumerate(chunk, start))[accelerator.process_index :: accelerator.num_processes]
             prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in mine]
-            rollouts = generate_rollouts(policy, prompts, n, cfg, accelerator, temperature, path.stem)
+            rollouts = generate_rollouts(policy, prompts, n, cfg, accelerator, temperature, seed=path.stem)
             score_rollouts(rollouts, clip)
             groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
             records = [
@@ -1198,7 +1224,7 @@ def sample(
             write_json(folder / f"{name}.json", [row.raw for row in part])
         write_json(folder / "summary.json", summary)
     accelerator.print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
-    if not split["easy"] or not split["medium"]:
+    if "key_words" in need and not (split["easy"] and split["medium"]):
         accelerator.print(
             "  An RL stage without questions cannot run: warm up longer, take other questions, or name a file with --from_data."
         )
@@ -1266,7 +1292,7 @@ def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accele
     def loss_of(batch: list[Rollout]):
         logprobs, entropy, mask = model([r.prompt for r in batch], [r.tokens for r in batch], cfg.temperature)
         sampled = padded([r.old_logprobs for r in batch])
-        old = sampled if off_policy else logprobs.detach()  # on-policy: ratio exactly 1
+        old = sampled if off_policy else logprobs.detach()  # on-policy: ratio exactly 1 [13]
         ref = padded([r.ref_logprobs for r in batch]) if cfg.kl_coef else None
         mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
         weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
@@ -1294,9 +1320,10 @@ def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg
     for start in range(0, len(rollouts), size):
         off_policy = start > 0  # at the first update the policy is still the one that sampled
         updates.append(update_policy(rollouts[start : start + size], model, optimizer, cfg, accelerator, off_policy))
-    metrics = {name: sum(update[name] for update in updates) for name in UPDATE_METRICS}
-    metrics = {name: value if name.endswith("_updates") else value / len(updates) for name, value in metrics.items()}
-    return {**metrics, "sampler_gap": updates[0]["sampler_gap"]}  # later updates have moved away from the sampler
+    trained = [update for update in updates if not update["masked_updates"]] or updates
+    metrics = {name: sum(update[name] for update in trained) / len(trained) for name in UPDATE_METRICS}
+    counts = {name: sum(update[name] for update in updates) for name in ("skipped_updates", "masked_updates")}
+    return {**metrics, **counts, "sampler_gap": trained[0]["sampler_gap"]}  # later updates have moved away from the sampler
 
 
 def gather_in_order(rollouts: list[Rollout], records: list[dict]) -> list[dict]:
@@ -1381,7 +1408,8 @@ def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tupl
     spare = shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, f"{cfg.seed} spare")
     updates = [range(i, i + cfg.update_batch_size) for i in range(0, len(batch), cfg.update_batch_size)]
     mine = [position for update in updates for position in local_share(update, accelerator)]
-    return {position: batch[position] for position in mine}, [row for row in spare if row not in batch]
+    taken = {row.qid for row in batch}
+    return {position: batch[position] for position in mine}, [row for row in spare if row.qid not in taken]
 
 
 def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
@@ -1394,8 +1422,8 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         blind = sum(not row.images for row in rows)
         rows = [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
-    if not rows:
-        raise DataError(f"{data_path}: no question with a picture")
+        if not rows:
+            raise DataError(f"{data_path}: no question with a picture")
     clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
     print_memory_plan(policy, clip, cfg, accelerator)
     model, optimizer = prepare_training(policy, cfg, accelerator)
@@ -1564,7 +1592,8 @@ def device_bytes(accelerator: Accelerator) -> int:
 def peak_gib(accelerator: Accelerator) -> float:
     """Of this process so far: GPU memory, on a CPU all of its memory."""
     on_gpu = accelerator.device.type == "cuda"
-    used = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    used = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return round(used / 2**30, 2)
 
 
@@ -1593,8 +1622,17 @@ def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator, n
     size = cfg.generate_batch_size
     if not size:
         room = max(0, device_bytes(accelerator) - sum(held_bytes(policy, cfg, accelerator).values())) // 2
-        size = min(room // kv_bytes(policy, cfg, n), cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size)
+        step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
+        most = step if cfg.stage in (*STAGE_REWARDS, "dryrun") else 1024  # sampling, evaluation: results come chunk by chunk
+        size = min(room // (kv_bytes(policy, cfg, n) + prefill_bytes(policy, cfg, n)), most)
     return max(n, size // n * n)
+
+
+def prefill_bytes(policy: Policy, cfg: Config, n: int) -> int:
+    """Bytes for one response of n to a prompt, beside its KV cache: the widest activations of a prefill, and sample_tokens."""
+    text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
+    prompt = cfg.max_prompt_length * (4 * text.hidden_size + 3 * text.intermediate_size) * bytes_
+    return prompt // (n if policy.fast else 1) + 6 * text.vocab_size * 4
 
 
 def memory_plan(policy: Policy, clip: ClipScorer | None, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
@@ -1680,6 +1718,7 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
 
     No response ends early, rewards are random. Prints a table, and the same as one line "DRYRUN {json}".
     """
+    cfg = replace(cfg, mask_truncated=False)  # else there would be no update: no response here ends
     policy = load_policy(cfg.from_model or cfg.model, cfg)
     accelerator.print(f"memory plan ({sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters)")
     clip = load_clip(cfg, accelerator) if cfg.clip_model else None
@@ -1848,7 +1887,8 @@ def out_of_memory(error: BaseException) -> str:
     at_work = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     phases = [text for name, text in OUT_OF_MEMORY.items() if name in at_work]
     phase = phases[0] if phases else "none of the known phases: lower --micro_batch_size or --max_pixels"
-    return f"out of memory in {phase}. The same command with that flag goes on from the last checkpoint.\n{error}"
+    return (f"out of memory in {phase}. The same command with that flag goes on from the last checkpoint (with another length, picture "
+            f"size, --kl_coef or model it begins the stage anew, and wants --overwrite).\n{error}")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2144,8 +2184,8 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
 
 
 def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
-    """After each step, on all processes: stop if too many updates in a row were skipped; a checkpoint if one is due, or if a
-    signal has come, which then stops the run. samples(): what this process trained on in the step."""
+    """After each step, on all processes: stop if too many updates were skipped without a step free of them in between; a
+    checkpoint if one is due, or if a signal has come, which then stops the run. samples(): what this process trained on."""
     if metrics["skipped_updates"] and cfg.max_skipped_updates:
         accelerator.wait_for_everyone()
         last = itertools.takewhile(lambda record: record["skipped_updates"], reversed(read_jsonl(folder / "metrics.jsonl")))
@@ -2153,7 +2193,7 @@ def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, sa
         if skipped >= cfg.max_skipped_updates:
             if accelerator.is_main_process:
                 write_json(folder / "non_finite.json", samples)
-            raise RunError(f"step {step}: {skipped:.0f} updates in a row had a non-finite loss or gradient and were skipped. The step's "
+            raise RunError(f"step {step}: {skipped:.0f} updates in this and the steps just before had a non-finite loss or gradient and were skipped. The step's "
                            f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
     save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
     stop_if_asked(accelerator, save)
@@ -2193,7 +2233,7 @@ def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) ->
         model, data = cfg.from_model or made("perception"), cfg.from_data or made("sample") + "/medium.json"
     work = {"warmup": warmup, "sample": sample, "perception": train_grpo, "reasoning": train_grpo}[stage]
     if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
-        if cfg.log_with:
+        if cfg.log_with and stage != "sample":
             accelerator.init_trackers(f"pebr_{stage}", config=asdict(cfg))
         clock = time.perf_counter()
         work(cfg, model, data, folder, accelerator)
@@ -2201,7 +2241,7 @@ def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) ->
         accelerator.print(f"{folder}: done in {time.perf_counter() - clock:.0f} s")
         for tracker in accelerator.trackers:
             tracker.finish()
-        accelerator.trackers = []
+        accelerator.trackers = []  # else the next stage would log into this run
     return str(folder)
 
 
@@ -2312,7 +2352,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"pebr.py: {advice}")
         raise
     except Interrupted as error:
-        PartialState().print(f"pebr.py: stopped by {signal.Signals(error.args[0]).name}; the same command goes on from here")
+        again = "the same command, without --overwrite," if flags.get("overwrite") else "the same command"
+        PartialState().print(f"pebr.py: stopped by {signal.Signals(error.args[0]).name}; {again} goes on from here")
         sys.exit(128 + error.args[0])
 
 

@@ -150,7 +150,7 @@ def phrases(text: str, most: int) -> set[tuple[str, ...]]:
 def keyword_reward(description: str, key_words: list[str], vocabulary: frozenset = frozenset()) -> float:
     """Share of the reference keywords that the image description names (paper, stage 1). [1]
 
-    A keyword is met as a whole word or phrase, in any case, singular or plural; "3" by 3 and by three, not by 13 or 3.5.
+    A keyword is met as a whole word or phrase, in any case, or its plural; "3" by 3 and by three, not by 13 or 3.5.
     With a vocabulary (`keyword_set` of all rows' keywords; --keyword_precision) it is the F-score of that share and of
     precision: of the vocabulary's keywords that the description names, how many are in or part of a reference keyword.
     """

@@ -1290,6 +1290,19 @@ def test_an_update_of_masked_truncated_responses_changes_no_parameter(policy, cf
     assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
 
 
+def test_the_means_of_a_step_leave_out_its_masked_updates(policy, cfg, tmp_path, accelerator):
+    cfg = pebr.replace(cfg, mask_truncated=True, kl_coef=0.0, update_batch_size=1, group_size=2)
+    rollouts = rollouts_of([p for p in prompts_of(policy, cfg, tmp_path) for _ in range(2)], [12, 12, 5, 4], [1, -1, 1, -1])
+    for rollout in rollouts[:2]:
+        rollout.truncated = True
+    still = torch.optim.SGD(policy.parameters(), 0.0)
+    second = pebr.update_on_rollouts(rollouts[2:], policy, None, still, cfg, accelerator)
+    both = pebr.update_on_rollouts(rollouts, policy, None, still, cfg, accelerator)
+    assert (both["masked_updates"], second["masked_updates"]) == (1, 0)
+    for name in ("entropy", "sampler_gap"):
+        assert both[name] == pytest.approx(second[name]) and second[name] > 0
+
+
 def test_masked_truncated_responses_leave_the_gradient_to_the_others(policy, cfg, tmp_path, accelerator):
     rollouts = grouped_rollouts(policy, cfg, tmp_path)  # the last three are truncated
     cfg = pebr.replace(cfg, kl_coef=0.0, mask_truncated=True, grad_clip=1e9)
@@ -1497,7 +1510,7 @@ def test_top_p_by_rejection_gives_the_distribution_of_transformers_warpers():
 
     generator, draws = torch.Generator().manual_seed(0), 40_000
     logits = torch.randn(60, generator=generator) * 2
-    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0)):
+    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0), (50.0, 0.1)):  # the last: nearly flat
         warp = LogitsProcessorList([SuppressTokensLogitsProcessor([3, 7]), TemperatureLogitsWarper(temperature)])
         warp += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         expected = warp(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(-1)[0]
@@ -1588,7 +1601,7 @@ def test_decode_attention_is_attention_to_the_repeated_prompt_and_to_the_own_tok
     )
     prompt, bias, alive = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(2, 1, 1, 5), torch.arange(6)
     bias[1, ..., :2] = float("-inf")
-    cache = pebr.GroupCache([(prompt_keys, prompt_values)], bias, prompt, torch.tensor([0, 1, 2, 0, 1, 2]), 3)
+    cache = pebr.GroupCache([(prompt_keys, prompt_values)], bias, 3, torch.arange(6))
     for t in range(70):
         if t in (3, 66):
             going = torch.tensor([0, 2, 3, 5]) if t == 3 else torch.tensor([2, 3])  # rows 1 and 4 leave, then 0 and 2
@@ -2852,11 +2865,11 @@ def test_evaluation_on_a_tsv_resumes_regrades_and_splits_over_processes_to_the_s
             "--generate_batch_size", "2"]  # fmt: skip
     generate, calls = pebr.generate_rollouts, []
 
-    def killed_at_the_third_chunk(*args):
+    def killed_at_the_third_chunk(*args, **seed):
         calls.append(1)
         if len(calls) == 3:
             raise Killed
-        return generate(*args)
+        return generate(*args, **seed)
 
     run(tmp_path / "whole", *argv)
     with monkeypatch.context() as other, pytest.raises(Killed):
@@ -3431,11 +3444,11 @@ def test_interrupted_sampling_goes_on_where_it_stopped_with_exactly_n_scores(toy
     assert len(expected) == TINY.rl_rows and all(len(json.loads(line)["scores"]) == 2 for line in expected)
     generate, calls = pebr.generate_rollouts, []
 
-    def killed_at_the_third_chunk(*args):
+    def killed_at_the_third_chunk(*args, **seed):
         calls.append(1)
         if len(calls) == 3:
             raise Killed
-        return generate(*args)
+        return generate(*args, **seed)
 
     monkeypatch.setattr(pebr, "generate_rollouts", killed_at_the_third_chunk)
     with pytest.raises(Killed):
@@ -3445,9 +3458,15 @@ def test_interrupted_sampling_goes_on_where_it_stopped_with_exactly_n_scores(toy
     assert lines(path) == expected[:4]
     path.write_text("\n".join(expected[:3]) + "\n" + expected[3][:20])  # and the last line torn
     calls.clear()
-    monkeypatch.setattr(pebr, "generate_rollouts", lambda *args: calls.append(1) or generate(*args))
+    monkeypatch.setattr(pebr, "generate_rollouts", lambda *args, **seed: calls.append(1) or generate(*args, **seed))
     run(tmp_path, *argv)
     assert lines(path) == expected and len(calls) == 3  # 8 questions in chunks of 2; only the first chunk was whole
+    run(tmp_path, *argv, "--overwrite")
+    unfinished = json.loads((tmp_path / "sample" / "stage.json").read_text()) | {"finished": ""}
+    (tmp_path / "sample" / "stage.json").write_text(json.dumps(unfinished))
+    path.write_text(expected[0][:20])  # the very first line torn
+    run(tmp_path, *argv)
+    assert lines(path) == expected
 
 
 def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator, monkeypatch):
@@ -3536,8 +3555,16 @@ def test_the_memory_plan_names_what_to_lower(policy, toy, cfg, accelerator, monk
     clip = rewards.ClipScorer(f"local-dir:{toy / 'clip'}")
     beside = pebr.memory_plan(policy, clip, cfg, accelerator)["CLIP"] * 2**30
     assert beside == 4 * sum(p.numel() for p in clip.model.parameters())
-    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights + 2 * 7 * pebr.kv_bytes(policy, cfg, 3))
+    text = policy.model.config.get_text_config()  # float32: 1000 prompt tokens through an MLP, six rows of logits
+    prefill = 1000 * 4 * (4 * text.hidden_size + 3 * text.intermediate_size)
+    assert pebr.prefill_bytes(policy, cfg, 3) == prefill + 6 * 4 * text.vocab_size
+    response = pebr.kv_bytes(policy, cfg, 3) + pebr.prefill_bytes(policy, cfg, 3)
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights + 2 * 7 * response)
     assert pebr.generate_batch_size(policy, cfg, accelerator, 3) == 6  # room for 7 in half of what is left, groups of 3
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 2**40)
+    assert pebr.generate_batch_size(policy, cfg, accelerator, 3) == 8 * 3  # the questions of a step
+    assert pebr.generate_batch_size(policy, pebr.replace(cfg, stage="sample"), accelerator, 3) == 1023  # there are no steps
+    monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 16 * weights)
     assert pebr.generate_batch_size(policy, pebr.replace(cfg, generate_batch_size=7), accelerator, 3) == 6
     monkeypatch.setattr(pebr, "device_bytes", lambda accelerator: 2 * 16 * weights)
     for changes, flag in (
@@ -3631,12 +3658,17 @@ def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tm
     assert weights_of(tmp_path / "perception").keys() == weights_of(tmp_path / "reasoning").keys()
 
 
-def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, toy, tmp_path):
+def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, tmp_path, accelerator):
     argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.json"),
             "--mixed_precision", "no", "--max_new_tokens", "8", "--group_size", "2", "--max_pixels", "10000", "--no-freeze_vision"]  # fmt: skip
     run(tmp_path, "--stage", "warmup", *argv, "--warmup_cases", "hard", "--max_steps", "1", "--sft_batch_size", "2")
     hard = json.loads((tmp_path / "sample_base" / "hard.json").read_text())
     assert hard == json.loads((night_sky / "sft.json").read_text())  # a random model gets all of them wrong
+    cfg = pebr.resolve("sample", pebr.parse_flags([*argv, "--run_dir", str(tmp_path)]))
+    policy = pebr.load_policy(cfg.model, cfg)
+    rows = pebr.checked_rows(str(night_sky / "sft.json"), cfg, policy, accelerator, need=("answer",))
+    asked = data.chat_messages(rows[0], "In this form: {question}")  # it cannot know the form otherwise
+    assert "In this form: " in [part.get("text") for part in asked[-1]["content"]]
     assert json.loads((tmp_path / "warmup" / "summary.json").read_text())["rows"] == len(hard)
 
 
