@@ -217,7 +217,7 @@ def load_rows(
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not raws:
         raise DataError(
-            f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or use --from_data)"
+            f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or name a file: --stage perception --from_data FILE)"
         )
     root = image_root or default_image_root(path)
     benchmark = benchmark or find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set())

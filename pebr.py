@@ -219,9 +219,10 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
     "evaluate": dict(),
     "dryrun": dict(rollout_batch_size=560, update_batch_size=112),  # as perception
 }
-TOY = {  # --model toy: a 1.6 M parameter model that starts from random weights and has minutes, not days
+TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=1024, max_prompt_length=64,
              max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0, checkpoint_every=50),
+    "dryrun": dict(max_prompt_length=128, rollout_batch_size=32, update_batch_size=16),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
     "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
@@ -280,11 +281,11 @@ def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
     """Config of one stage: paper < stage < toy < flags. A stage nobody asked for does not get the `training` flags."""
     cfg = replace(Config(), **STAGES[stage])
     if flags.get("model", cfg.model) == "toy":
-        cfg = replace(cfg, **TOY[""], **TOY.get(stage, {}))
+        cfg = replace(cfg, **{**TOY[""], **TOY.get(stage, {})})
     group = {f.name: f.metadata["group"] for f in fields(Config)}
     cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
-    if stage == "evaluate" and cfg.model != "toy" and (cfg.test_data or cfg.from_data):
-        cfg = replace(cfg, train_data="")  # another model on other questions: nothing of the toy is needed
+    if cfg.model != "toy" and "train_data" not in flags:
+        cfg = replace(cfg, train_data="")  # the toy's questions are for its own model, unless they are asked for
     toy_data = {
         name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"
     }
@@ -1163,7 +1164,7 @@ def answer_questions(
             score_rollouts(rollouts, clip)
             groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
             records = [
-                {"qid": row.qid, "answer": row.answer, "scores": [r.parts["accuracy"] for r in group], "responses": [r.text for r in group],
+                {"qid": row.qid, "problem": row.problem, "answer": row.answer, "scores": [r.parts["accuracy"] for r in group], "responses": [r.text for r in group],
                  "parts": [r.parts for r in group], "tokens": [len(r.tokens) for r in group], "truncated": [r.truncated for r in group]}
                 for (_, row), group in zip(mine, groups)
             ]  # fmt: skip
@@ -1226,7 +1227,7 @@ def sample(
     accelerator.print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
     if "key_words" in need and not (split["easy"] and split["medium"]):
         accelerator.print(
-            "  An RL stage without questions cannot run: warm up longer, take other questions, or name a file with --from_data."
+            "  An RL stage without questions cannot run: warm up longer, or name a file: --stage perception --from_data FILE"
         )
 
 
@@ -1253,6 +1254,8 @@ def collect_rollouts(
         score_rollouts(rollouts, clip, vocabulary)
         seconds["reward"] += time.perf_counter() - clock
         for rollout in rollouts:
+            if missing := STAGE_REWARDS[cfg.stage].keys() - rollout.parts.keys():
+                raise RewardError(rollout, f"score_parts gave no {', '.join(missing)}, which STAGE_REWARDS weighs")
             rollout.reward = total_reward(rollout.parts, STAGE_REWARDS[cfg.stage])
         groups |= {prompt.position: rollouts[i * G : (i + 1) * G] for i, prompt in enumerate(prompts)}
         if attempt == cfg.resample_rounds:
@@ -1523,6 +1526,10 @@ def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> 
                     f"{path} has no prediction for {len(missing)} questions, the first is {missing[0]}: evaluate first"
                 )
             records = [saved[row.qid] for row in rows]
+            if other := [
+                row.where for row, record in zip(rows, records) if record.get("problem", row.problem) != row.problem
+            ]:
+                raise DataError(f"{path} answers other questions than {data_path}, first at {other[0]}")
             if len(counts := {len(record["responses"]) for record in records}) > 1:
                 raise DataError(
                     f"{path} has {min(counts)} to {max(counts)} responses to a question: it takes the same number for each"
@@ -1666,7 +1673,8 @@ def print_memory_plan(policy: Policy, clip: ClipScorer | None, cfg: Config, acce
     if needed > there:
         takes = "to lower --micro_batch_size, then --max_new_tokens and --max_pixels"
         takes = "to lower --generate_batch_size" if rollout > update else takes
-        takes = "more memory, or --kl_coef 0 (no reference model)" if held > there else takes
+        sharding = "" if accelerator.is_fsdp2 else ", sharding over several GPUs (configs/fsdp2.yaml)"
+        takes = f"more memory{sharding}, or --kl_coef 0 (no reference model)" if held > there else takes
         accelerator.print(f"  THIS DOES NOT FIT: it takes {takes}")
     return needed
 
@@ -1947,10 +1955,21 @@ def check_config(cfg: Config, num_processes: int) -> None:
     need(not cfg.benchmark or cfg.benchmark in BENCHMARKS,
          f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")  # fmt: skip
     need(not cfg.regrade or cfg.stage == "evaluate", "--regrade is for --stage evaluate")
-    for stage, name in (("warmup", "sft_data"), ("evaluate", "test_data")):
-        need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}")
+    advice = {"sft_data": ", or (no warm-up) --stage sample --from_model MODEL", "train_data": "", "test_data": ""}
+    for stage, name in (("warmup", "sft_data"), ("sample", "train_data"), ("evaluate", "test_data")):
+        need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}{advice[name]}")
     need(cfg.stage != "perception" or cfg.clip_model,
          "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or fg-clip:my_fg_clip_folder")  # fmt: skip
+
+
+def check_model_flag(flags: dict, cfg: Config) -> None:
+    """Raises ConfigError where --model was left out in a run folder of a real model: the toy's settings would apply."""
+    for path in [] if "model" in flags else Path(cfg.run_dir).glob("*/run_config.json"):
+        model = ""
+        with suppress(ValueError, KeyError, TypeError):
+            model = json.loads(path.read_text())["model"]
+        if model and Path(model).parts[-2:] != ("toy", "model"):
+            raise ConfigError(f"{cfg.run_dir} was made with --model {model}: repeat it, and the flags for data")
 
 
 def told(error: Exception) -> str:
@@ -1965,6 +1984,10 @@ def folder_advice(path: str, error: Exception) -> str:
     if pickles and not any(Path(path).glob("*.safetensors")):
         return (
             f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
+        )
+    if not Path(path).exists():
+        return (
+            "there is no such folder, and from the hub it could not be had: check the name, the network and HF_HUB_OFFLINE"
         )
     if "trust_remote_code" in str(error):
         return "the code in it runs with --trust_remote_code only"
@@ -2042,42 +2065,48 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
     """Make or find the stage's folder. True: run it (from its start or its checkpoint); False: it is finished.
 
     Raises ConfigError if the folder was made from other inputs, or (unless it is finished and nobody asked for it) with
-    other settings.
+    other settings. One that stopped before it had done anything, at a broken row for example, begins anew.
     """
     settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
     settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
     inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
     stop_if_asked(accelerator)
-    run, removed = True, folder.with_name(f".{folder.name}.removed")
-    if accelerator.is_main_process:
-        shutil.rmtree(removed, ignore_errors=True)
-        if cfg.overwrite and asked and read_record(folder):
-            with writing(folder):  # renamed first: if this is killed, half of it must not pass for a stage
-                shutil.rmtree(folder.rename(removed))
-    accelerator.wait_for_everyone()
-    if old := read_record(folder):
-        run = not old["finished"]
+    old = read_record(folder)
+    run, changed = not (old and old["finished"]), []
+    if old:
         changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
         if asked or run:
+            was = old["settings"]
             changed += [
-                f"{n} was {old['settings'].get(n)!r}, now {v!r}" for n, v in settings.items() if old["settings"].get(n) != v
+                f"{name} was {was.get(name)!r}, now {value!r}" for name, value in settings.items() if was.get(name) != value
             ]
-        if changed:
-            raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
-                              + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
-    accelerator.wait_for_everyone()
-    if run and accelerator.is_main_process:
+    anew = old and (cfg.overwrite and asked or run and changed and not resumable(folder))
+    if changed and not anew:
+        raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
+                          + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
+    run, removed = run or anew, folder.with_name(f".{folder.name}.removed")
+    accelerator.wait_for_everyone()  # all have read what follows may remove
+    if accelerator.is_main_process:
+        shutil.rmtree(removed, ignore_errors=True)
         with writing(folder):
+            if anew:  # renamed first: if this is killed, half of it must not pass for a stage
+                shutil.rmtree(folder.rename(removed))
             folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
-                                           "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
-        write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
-    elif accelerator.is_main_process:
-        remove_leftovers(folder)  # of a run that was killed at the very end
+        if run:
+            write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
+                                               "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
+            write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
+        else:
+            remove_leftovers(folder)  # of a run that was killed at the very end
     accelerator.wait_for_everyone()
     if run or asked:
         accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
     return run
+
+
+def resumable(folder: Path) -> bool:
+    """Whether there is work in it that a stage would go on from."""
+    return any(itertools.chain(*map(folder.glob, ("checkpoint-*", "rollouts.jsonl", "predictions_*.jsonl"))))
 
 
 def finish_stage(folder: Path, accelerator: Accelerator) -> None:
@@ -2320,8 +2349,10 @@ def run_stages(flags: dict) -> None:
         check_config(cfg, num_processes)
     torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // local_processes()))
     accelerator = start_accelerator(configs[0], cpu)
+    check_model_flag(flags, configs[0])
     with run_lock(Path(configs[0].run_dir), accelerator):
-        toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in TOY_PATHS]
+        used = ("test_data", "from_data") if configs[0].regrade else TOY_PATHS
+        toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in used]
         if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
             with writing(toy):
                 build_toy_world(toy, configs[0].seed, ToyConfig())

@@ -2830,6 +2830,12 @@ def test_an_evaluation_that_cannot_be_scored_says_so(tmp_path):
         regrade(tmp_path, path, {"0": ["x"], "1": ["x", "y"]})
     with pytest.raises(SystemExit, match="has no prediction for 1 questions, the first is rows.tsv row 1: evaluate first"):
         regrade(tmp_path, path, answered("x"))
+    folder = tmp_path / "evaluate" / "base"
+    pebr.write_jsonl(
+        folder / "predictions_greedy.jsonl", [{"qid": q, "responses": ["x"], "problem": "Another ?"} for q in "01"]
+    )
+    with pytest.raises(SystemExit, match="answers other questions than .*rows.tsv, first at rows.tsv row 0"):
+        run(tmp_path, "--stage", "evaluate", "--regrade", *NO_MODEL, "--test_data", path)
     assert (
         regrade(tmp_path, path, answered("x"), "--skip_bad_rows")["n"] == 1
     )  # a row that was dropped when its picture was opened
@@ -2950,9 +2956,13 @@ def test_defaults_are_the_papers_and_presets_and_flags_follow():
         (["--stage", "perception", "--model", "x", "--train_data", "rows.json"], "needs --clip_model"),
         (["--stage", "warmup", "--model", "x", "--train_data", "rows.json"], "needs --sft_data"),
         (
-            ["--stage", "warmup", "--model", "/no/such/folder", "--mixed_precision", "no"],
-            "cannot load a vision-language model",
+            ["--stage", "warmup", "--model", "/no/such/folder", "--train_data", "toy", "--mixed_precision", "no"],
+            "there is no such folder, and from the hub it could not be had",
         ),
+        (
+            ["--model", "x", "--sft_data", "rows.json"],
+            "--stage sample needs --train_data",
+        ),  # x does not train on the toy's rows
         (["--log_with", "notatracker"], "--log_with notatracker: not installed"),
         (["--seed", "5"], "was made with --seed 0, not 5"),
         (
@@ -3026,7 +3036,7 @@ WHOLE, UNFIT = (
 NO_PROMPT = "its processor cannot write a prompt with one picture "
 # fmt: off
 MODEL_FOLDERS = {  # how a good model folder is broken, and the message
-    "no folder": (shutil.rmtree, WHOLE),
+    "no folder": (shutil.rmtree, "there is no such folder, and from the hub it could not be had"),
     "no config": (lambda f: (f / "config.json").unlink(), WHOLE),
     "config is no JSON": (lambda f: (f / "config.json").write_text('{"a'), "(Unterminated string"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "must be a mapping, not list"),
@@ -3166,6 +3176,60 @@ def test_a_finished_stage_is_kept_and_changed_settings_stop_with_what_changed(to
     run(
         toy_run, "--stage", "warmup", *SMALL, "--test_data", "other.json", "--group_size", "3"
     )  # what it does not read may change
+
+
+def test_a_stage_that_stopped_before_its_first_step_begins_anew_with_the_mended_flags(toy, toy_run, tmp_path):
+    rows = json.loads((toy / "train.json").read_text())
+    (tmp_path / "rl.json").write_text(json.dumps([{**rows[0], "problem": "red " * 80}, *rows[1:]]))
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", "reasoning", *SMALL, "--from_model", str(toy_run / "warmup"), "--from_data", str(tmp_path / "rl.json"),
+            "--image_root", str(toy), "--max_steps", "2"]  # fmt: skip
+    with pytest.raises(SystemExit, match="1 broken rows .--skip_bad_rows drops them"):
+        run(tmp_path, *argv)
+    run(tmp_path, *argv, "--skip_bad_rows", "--max_steps", "1")
+    with pytest.raises(SystemExit, match="max_steps was 1, now 2"):  # what has been trained is not thrown away
+        run(tmp_path, *argv, "--skip_bad_rows")
+    assert len(lines(tmp_path / "reasoning" / "metrics.jsonl")) == 1
+
+
+def test_a_run_of_another_model_wants_its_model_named_again(toy, tmp_path):
+    (tmp_path / "warmup").mkdir()
+    (tmp_path / "warmup" / "run_config.json").write_text(json.dumps({"model": "Qwen/Qwen2.5-VL-3B-Instruct"}))
+    with pytest.raises(
+        SystemExit, match="was made with --model Qwen/Qwen2.5-VL-3B-Instruct: repeat it, and the flags for data"
+    ):
+        run(tmp_path, "--stage", "evaluate", "--test_data", str(toy / "test.json"))
+    (tmp_path / "warmup" / "run_config.json").write_text("{")
+    with pytest.raises(SystemExit, match="no such file"):
+        run(tmp_path, "--stage", "evaluate", "--test_data", "none.json", "--regrade")
+    assert not (tmp_path / "toy").exists()  # to score saved predictions of another file takes no toy world
+
+
+def test_a_weighed_part_that_score_parts_does_not_give_stops_the_run_with_its_name(toy, toy_run, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(toy)
+    monkeypatch.setitem(rewards.STAGE_REWARDS, "reasoning", {"accuracy": 0.9, "brevity": 0.1})
+    with pytest.raises(SystemExit, match="score_parts gave no brevity, which STAGE_REWARDS weighs"):
+        run(
+            tmp_path,
+            "--stage",
+            "reasoning",
+            *SMALL,
+            "--from_model",
+            str(toy_run / "warmup"),
+            "--from_data",
+            str(toy / "train.json"),
+        )
+    assert (tmp_path / "reward_error_0.json").is_file()
+
+
+def test_the_toys_dry_run_needs_no_flag(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(pebr.TOY, "dryrun", {**pebr.TOY["dryrun"], "rollout_batch_size": 2, "update_batch_size": 2})
+    monkeypatch.setattr(data.ToyConfig, "__init__", lambda self: vars(self).update(vars(TINY)))
+    run(tmp_path, "--stage", "dryrun", "--max_new_tokens", "8", "--mask_truncated")
+    result = json.loads(capsys.readouterr().out.split("DRYRUN ")[1])
+    assert (
+        result["prompt_tokens"] == 128 and result["wall_s"]["update"] > 0.005
+    )  # no response ends, and yet there is an update
 
 
 def test_missing_stages_are_made_first_and_a_redone_stage_makes_later_ones_stale(toy, tmp_path):
