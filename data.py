@@ -46,7 +46,7 @@ LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()  # not EPS, for which Pillow runs a program
 MAX_PICTURE = 2**26  # pixels, 8192 x 8192; more is refused before it is decoded
 
-# The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it.
+# The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it. [12]
 INSTRUCTION = """{question}
 
 Look at the image first, then reason, then answer. Write exactly these sections:

@@ -616,7 +616,7 @@ def same(answer: str, gold: str, depth: int = 0) -> bool:
 
 
 def grade(answer: str, gold: str, choices: list[str] | None = None) -> bool:
-    """Whether `answer` says the same as `gold`; an answer of more than 400 characters has to be the gold to the letter.
+    """Whether `answer` says the same as `gold` [14]; an answer of more than 400 characters has to be the gold to the letter.
 
     With `choices` both are options, by letter or by text. Without, the gold's form decides: an option letter; yes or no; a
     tuple, interval, set or list; a number (finer than the gold, rounded to it; unit missing but not different; 25% is 0.25

@@ -1639,6 +1639,15 @@ def test_autocast_casts_the_weights_once_a_rollout_and_not_once_a_token(policy, 
     assert casts_of_the_head(9) == casts_of_the_head(3) == 1
 
 
+def test_under_autocast_the_prompts_cache_is_bf16_as_the_memory_plan_counts_it(policy, cfg, tmp_path):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, _, cache = pebr.prefill(policy, prompts_of(policy, cfg, tmp_path), 3)
+    T = max(prompt.inputs["input_ids"].shape[1] for prompt in prompts_of(policy, cfg, tmp_path))
+    assert {x.dtype for layer in cache.prompts for x in layer} == {torch.bfloat16}
+    cfg = pebr.replace(cfg, max_prompt_length=3 * T, max_new_tokens=0, mixed_precision="bf16")  # 3 T: a third of it each
+    assert sum(x.nbytes for layer in cache.prompts for x in layer) == 2 * pebr.kv_bytes(policy, cfg, 3)  # 2 prompts of T
+
+
 def test_an_image_token_is_never_sampled(policy, cfg, tmp_path, accelerator):
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     assert policy.banned_ids == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
