@@ -225,7 +225,7 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
     "dryrun": dict(max_prompt_length=128, rollout_batch_size=32, update_batch_size=16),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
-    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=130, kl_coef=0.03),
+    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
 }  # fmt: skip
 TOY_PATHS = {  # what "toy" stands for in these fields
     "model": "{}/model", "train_data": "{}/train.json", "sft_data": "{}/sft.json", "test_data": "{}/test.json",
