@@ -22,6 +22,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -3858,7 +3859,7 @@ def peer_world(folder, image_side, rows=8):
 
 
 def train_with_trl(folder, steps, max_new_tokens):
-    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Prints its peak memory in MiB."""
+    """The peer: TRL's GRPOTrainer on the same model, rows and settings."""
     from datasets import Dataset
     from transformers import AutoProcessor
     from trl import GRPOConfig, GRPOTrainer
@@ -3870,39 +3871,49 @@ def train_with_trl(folder, steps, max_new_tokens):
         logging_steps=1000, learning_rate=1e-6, per_device_train_batch_size=8, gradient_accumulation_steps=4, num_generations=8, temperature=1.2,
         top_p=0.99, top_k=0, beta=0.01, max_completion_length=int(max_new_tokens), gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
+    clocks = []  # at each call of the reward, which is one a step
+
+    def reward(completion_ids, **_):
+        clocks.append(time.process_time())
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
     GRPOTrainer(
-        model=f"{folder}/model", reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids], args=settings,
+        model=f"{folder}/model", reward_funcs=reward, args=settings,
         train_dataset=Dataset.from_list(rows * int(steps)), processing_class=AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left"),
     ).train()  # fmt: skip
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print_cost(clocks)
 
 
 def train_with_pebr(folder, steps, max_new_tokens):
-    """Ours, the reasoning stage from the command line. Prints its peak memory in MiB."""
+    """Ours, the reasoning stage from the command line."""
+    score, clocks = pebr.score_rollouts, []
+    pebr.score_rollouts = lambda *args: clocks.append(time.process_time()) or score(*args)
     pebr.main(["--stage", "reasoning", "--run_dir", f"{folder}/run{steps}", "--model", f"{folder}/model", "--from_model", f"{folder}/model",
                "--train_data", f"{folder}/rl.json", "--from_data", f"{folder}/rl.json", "--prompt_file", f"{folder}/prompt.txt", "--max_steps", steps,
                "--threads", "1", "--mixed_precision", "no", "--no-gradient_checkpointing", "--rollout_batch_size", "4", "--update_batch_size", "4",
                "--micro_batch_size", "8", "--max_new_tokens", max_new_tokens, "--max_pixels", "2000000", "--checkpoint_every", "0", "--overwrite"])  # fmt: skip
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print_cost(clocks)
 
 
-def bench_trl(steps="2"):
-    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses, one thread.
+def print_cost(clocks=()):
+    """Peak memory in MiB; CPU seconds from one reward to the next, the median, without the first, which wakes libraries."""
+    seconds = [after - before for before, after in itertools.pairwise(clocks)][1:]
+    print("COST", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, statistics.median(seconds or [0]))
 
-    CPU seconds a step: those of a process that trains 1 + steps steps, less those of one that trains 1, divided by steps.
-    """
+
+def bench_trl(steps="3"):
+    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses, one thread."""
 
     def measure(name, *arguments):
         command = [sys.executable, "-W", "ignore", __file__, name, *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        out, err = process.stdout.read(), process.stderr.read()
-        used = os.wait4(process.pid, 0)[2]
-        assert "PEAK" in out, out + err
-        return used.ru_utime + used.ru_stime, int(out.split("PEAK")[1])
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert "COST" in result.stdout, result.stdout + result.stderr
+        peak, seconds = result.stdout.split("COST")[1].split()
+        return int(peak), float(seconds)
 
-    imports = {name: measure("imports", name)[1] for name in ("train_with_trl", "train_with_pebr")}
-    print(f"imports alone: TRL {imports['train_with_trl']} MiB, pebr.py {imports['train_with_pebr']} MiB")
+    (theirs, _), (ours, _) = measure("imports", "trl"), measure("imports")
+    print(f"imports alone: TRL {theirs} MiB, pebr.py {ours} MiB")
     print(
         "| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, peak MiB | pebr.py, peak MiB | ratio | less imports |"
     )
@@ -3910,21 +3921,18 @@ def bench_trl(steps="2"):
     for side, max_new_tokens in ((392, 64), (560, 128), (392, 256), (196, 448)):
         with tempfile.TemporaryDirectory() as folder:
             peer_world(folder, side)
-            cpu, peak = {}, {}
-            for name in imports:
-                once, more = (measure(name, folder, n, max_new_tokens) for n in (1, 1 + int(steps)))
-                cpu[name], peak[name] = (more[0] - once[0]) / int(steps), more[1]
-        theirs, ours = imports
-        own = (peak[ours] - imports[ours]) / (peak[theirs] - imports[theirs])
-        print(f"| {(side // 28) ** 2 + 70} : {max_new_tokens} | {cpu[theirs]:.2f} | {cpu[ours]:.2f} | {cpu[theirs] / cpu[ours]:.1f}x | "
-              f"{peak[theirs]} | {peak[ours]} | {peak[ours] / peak[theirs]:.2f} | {own:.2f} |", flush=True)  # fmt: skip
+            trl, pebr_ = (
+                measure(name, folder, 2 + int(steps), max_new_tokens) for name in ("train_with_trl", "train_with_pebr")
+            )
+        print(f"| {(side // 28) ** 2 + 70} : {max_new_tokens} | {trl[1]:.2f} | {pebr_[1]:.2f} | {trl[1] / pebr_[1]:.1f}x | {trl[0]} | {pebr_[0]} | "
+              f"{pebr_[0] / trl[0]:.2f} | {(pebr_[0] - ours) / (trl[0] - theirs):.2f} |", flush=True)  # fmt: skip
 
 
-def imports(name):
+def imports(peer=""):
     """What a side needs before it has a model."""
-    if name == "train_with_trl":
+    if peer:
         from trl import GRPOTrainer  # noqa: F401
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print_cost()
 
 
 def bench_clip(rounds: int = 5) -> None:
