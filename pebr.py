@@ -664,8 +664,8 @@ def sample_tokens(
     if temperature:
         p, rows = allowed.softmax(-1), torch.arange(len(logits), device=logits.device)
         for u in noise.T[:-1]:
-            heap = p.cumsum(-1)
-            drawn = torch.searchsorted(heap, u[rows, None] * heap[:, -1:], right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
+            sums = p.cumsum(-1)
+            drawn = torch.searchsorted(sums, u[rows, None] * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
             p_drawn = p.gather(-1, drawn)
             more_likely = torch.where(p > p_drawn, p, 0.0)
             # p_drawn > 0, because of rounding in the sum over the vocabulary
@@ -674,10 +674,10 @@ def sample_tokens(
             p, rows = more_likely[~inside], rows[~inside]
             if not len(rows):
                 break
-        else:
+        else:  # some rows are left
             ranked, order = p.sort(-1, descending=True)
-            heap = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0).cumsum(-1)
-            drawn = torch.searchsorted(heap, noise[rows, -1:] * heap[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+            sums = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0).cumsum(-1)
+            drawn = torch.searchsorted(sums, noise[rows, -1:] * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)
             tokens[rows] = order.gather(-1, drawn)[:, 0]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
@@ -787,15 +787,12 @@ def group_attention(query, key, value, T: int, lengths: list[int], scaling: floa
     sdpa, L = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), max(lengths)
     if len(lengths) == 1 or L == 0:  # nothing behind the prompt but one completion: plainly causal
         return sdpa(query, key, value, is_causal=True)
-    padded = lambda x: torch.cat(
-        [F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)]
-    )  # (G, heads, L, dim)
-    with_prompt = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), padded(x)], 2)  # (G, heads, T + L, dim)
+    # (G, heads, L, dim) and (G, heads, T + L, dim); a padded query's output is dropped below, a padded key comes after all others
+    padded = lambda x: torch.cat([F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)])
+    with_prompt = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), padded(x)], 2)
     prompt = sdpa(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True)  # (1, heads, T, dim)
     # Lower-right causal: the kernel for it is a flash kernel on CUDA; a dense mask would not be.
-    rest = sdpa(
-        padded(query), with_prompt(key), with_prompt(value), attn_mask=causal_lower_right(L, T + L)
-    )  # (G, heads, L, dim)
+    rest = sdpa(padded(query), with_prompt(key), with_prompt(value), attn_mask=causal_lower_right(L, T + L))
     return torch.cat([prompt, *(rest[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
 
 
@@ -1727,6 +1724,7 @@ def dryrun(cfg: Config, accelerator: Accelerator) -> None:
     No response ends early, rewards are random. Prints a table, and the same as one line "DRYRUN {json}".
     """
     cfg = replace(cfg, mask_truncated=False)  # else there would be no update: no response here ends
+    torch.manual_seed(cfg.seed)  # weights (--random_init), pictures and rewards
     policy = load_policy(cfg.from_model or cfg.model, cfg)
     accelerator.print(f"memory plan ({sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters)")
     clip = load_clip(cfg, accelerator) if cfg.clip_model else None
@@ -2080,7 +2078,7 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
             changed += [
                 f"{name} was {was.get(name)!r}, now {value!r}" for name, value in settings.items() if was.get(name) != value
             ]
-    anew = old and (cfg.overwrite and asked or run and changed and not resumable(folder))
+    anew = bool(old and (cfg.overwrite and asked or run and changed and not resumable(folder)))
     if changed and not anew:
         raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
                           + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
@@ -2106,7 +2104,7 @@ def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, 
 
 def resumable(folder: Path) -> bool:
     """Whether there is work in it that a stage would go on from."""
-    return any(itertools.chain(*map(folder.glob, ("checkpoint-*", "rollouts.jsonl", "predictions_*.jsonl"))))
+    return any(itertools.chain(*map(folder.rglob, ("checkpoint-*", "rollouts.jsonl", "predictions_*.jsonl"))))
 
 
 def finish_stage(folder: Path, accelerator: Accelerator) -> None:
