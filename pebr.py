@@ -45,6 +45,7 @@ slightly narrower distribution than the one that is scored.
 import argparse
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 import fcntl
 import functools
 import hashlib
@@ -77,6 +78,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -250,7 +252,7 @@ PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MU
 MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
 LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
-ROOM = 64  # tokens by which a response's part of the KV cache grows
+ROOM = 64  # tokens that a response's part of the KV cache has room for at first; the room doubles when it is full
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -338,6 +340,7 @@ class Policy(torch.nn.Module):
         completions: (C_i,) ids, those of one prompt next to each other. Returns logprobs (B, C) with gradient, entropy (B, C)
         without, mask (B, C). Softmax over the whole vocabulary in float32, before the ban and before top-p.
         """
+        completions = [c.cpu() for c in completions]  # DDP and FSDP have moved them to the GPU, and left the prompts alone
         lengths = torch.tensor([len(c) for c in completions], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C)
         hidden = (packed_states if self.fast else plain_states)(self, prompts, completions)  # (tokens, D)
@@ -390,6 +393,7 @@ def load_policy(path: str, cfg: Config) -> Policy:
     fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES and not windows
     if fast:
         model.config.text_config._attn_implementation = "shared_prefix"
+        model.config.vision_config._attn_implementation = "flash_windows"
     return Policy(model, processor, fast)
 
 
@@ -561,11 +565,10 @@ class GroupCache:
 
     def append(self, layer: int, step: int, key: torch.Tensor, value: torch.Tensor):
         """Takes the new token's key and value (rows, kv heads, 1, dim), gives those of the response so far."""
-        more = lambda x: x.new_zeros(*x.shape[:2], ROOM, x.shape[3])
         if layer == len(self.own):
-            self.own.append((more(key), more(value)))
-        if step == self.own[layer][0].shape[2]:
-            self.own[layer] = tuple(torch.cat([x, more(x)], 2) for x in self.own[layer])
+            self.own.append(tuple(x.new_zeros(*x.shape[:2], ROOM, x.shape[3]) for x in (key, value)))
+        if step == self.own[layer][0].shape[2]:  # doubled: growing by a constant fragments a GPU's memory
+            self.own[layer] = tuple(torch.cat([x, torch.zeros_like(x)], 2) for x in self.own[layer])
         keys, values = self.own[layer]
         keys[:, :, step], values[:, :, step] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, : step + 1], values[:, :, : step + 1]
@@ -632,7 +635,7 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
     neither repeated nor read n times."""
     prompt_keys, prompt_values = cache.prompts[layer]
     keys, values = cache.append(layer, step, key.to(value.dtype), value)  # (rows, kv heads, L, dim)
-    query = (query * scaling).to(value.dtype)[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (rows, kv heads, R, dim)
+    query = query.to(value.dtype)[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (rows, kv heads, R, dim)
 
     def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); places of rows that have left are 0
         placed = x.new_zeros(len(cache.bias) * cache.n, *x.shape[1:])
@@ -642,10 +645,21 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
     def by_row(x):  # and back
         return x.unflatten(2, (cache.n, -1)).transpose(1, 2).flatten(0, 1)[cache.slot]
 
-    scores = torch.cat([by_row(by_prompt(query) @ prompt_keys.mT + cache.bias), query @ keys.mT], -1)
-    to_prompt, to_own = scores.float().softmax(-1).to(value.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
+    scores = torch.cat([by_row(float32_scores(by_prompt(query), prompt_keys) + cache.bias), float32_scores(query, keys)], -1)
+    weights = (scores * scaling).softmax(-1).to(value.dtype)
+    to_prompt, to_own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     out = by_row(by_prompt(to_prompt) @ prompt_values) + to_own @ values  # (rows, kv heads, R, dim)
     return out.flatten(1, 2)[:, None]
+
+
+def float32_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """query (B, kv heads, R, dim), keys (B, kv heads, L, dim) -> (B, kv heads, R, L) in float32, as the training forward's
+    attention has it: scores of bf16 lose up to a tenth of the softmax. On a GPU without a float32 copy of the cache."""
+    if query.is_cuda and query.dtype == torch.bfloat16:
+        product = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return product.unflatten(0, keys.shape[:2])
+    with torch.autocast("cpu", enabled=False):  # which would round them again
+        return query.float() @ keys.float().mT
 
 
 def sample_tokens(
@@ -796,6 +810,22 @@ def group_attention(query, key, value, T: int, lengths: list[int], scaling: floa
     return torch.cat([prompt, *(rest[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
 
 
+def window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
+    """Attention of the vision tower within each window (or picture): all (1, heads, tokens, dim), window i from cu_seq_lens_q[i]
+    to [i + 1]. In one call, where transformers' sdpa makes one a window, and waits for the GPU to learn where each ends."""
+    bounds, longest = cu_seq_lens_q, max_length_q
+    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):  # what the kernel takes
+        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling)[None], None
+    places = bounds[:-1, None] + torch.arange(longest, device=bounds.device)  # (windows, longest)
+    inside, last = places < bounds[1:, None], value.shape[2] - 1
+    padded = lambda x: x[0].transpose(0, 1)[places.clamp(max=last)].transpose(1, 2)  # (windows, heads, longest, dim)
+    mask = inside[:, None, None]
+    out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2)[inside][None], None
+
+
+AttentionInterface.register("flash_windows", window_attention)  # "flash": transformers then gives the bounds of the windows
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
@@ -841,9 +871,11 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, divide_by_std: bo
 
 
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4 ("low_var_kl")."""
+    """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4 ("low_var_kl").
+
+    Clamped twice, as in the authors' code: a token at d = 8 would weigh 30 at --kl_coef 0.01, against advantages of about 1."""
     d = (ref_logprobs - logprobs).clamp(-20, 20)
-    return d.exp() - d - 1
+    return (d.exp() - d - 1).clamp(-10, 10)
 
 
 def token_weights(mask: torch.Tensor, loss_mean: str, totals: dict, max_new_tokens: int) -> torch.Tensor:
@@ -928,6 +960,7 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         freeze_vision(policy.model)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
+        policy.model.disable_input_require_grads()  # else the backward pass runs through a frozen vision tower, too
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = [type(text_layers(policy)[0]).__name__]
@@ -1393,9 +1426,11 @@ def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Po
         return None
     dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
     reference = load_policy(model_path, cfg).eval().requires_grad_(False)
+    for p in reference.parameters():  # and not the buffers: rounded rotary frequencies are other positions
+        p.data = p.data.to(dtype)
     if not accelerator.is_fsdp2:
-        return reference.to(accelerator.device, dtype)
-    reference = reference.to(dtype)  # sharded by torch, because accelerate shards only what has an optimizer
+        return reference.to(accelerator.device)
+    # Sharded by torch, because accelerate shards only what has an optimizer.
     for module in (*text_layers(reference), reference):
         fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return reference
@@ -2342,7 +2377,8 @@ def run_stages(flags: dict) -> None:
     stages = [name for name in STAGES if name != "dryrun"] if stage == "all" else [stage]
     configs = [resolve(name, flags) for name in stages]
     cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
-    num_processes = PartialState(cpu=cpu).num_processes
+    # Two hours: the others wait while the main process writes a checkpoint, and NCCL would give up after ten minutes.
+    num_processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
     for cfg in configs:  # all of them before the first one starts
         check_config(cfg, num_processes)
     torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // local_processes()))
