@@ -51,6 +51,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -1172,16 +1173,19 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 
 def answer_questions(
     policy: Policy, rows: list[Row], n: int, temperature: float, cfg: Config, clip, path: Path, accelerator
-) -> list[dict]:
-    """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped.
+) -> dict[str, list[float]]:
+    """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped. Returns
+    the scores of each question, which is all that a process keeps of its answers.
 
     Each question has its seed, so that an interrupted run, or one on more processes, gives the lines of a whole one.
     """
-    earlier = [read_jsonl(path)] if accelerator.is_main_process else [None]
-    broadcast_object_list(earlier)
-    done = {record["qid"]: record for record in earlier[0]}
+    earlier = [None]
     if accelerator.is_main_process:
-        write_jsonl(path, earlier[0])  # without a torn last line
+        records = read_jsonl(path)
+        write_jsonl(path, records)  # without a torn last line
+        earlier = [{record["qid"]: record["scores"] for record in records}]
+    broadcast_object_list(earlier)
+    done = earlier[0]
     instruction = read_instruction(cfg)
     width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
@@ -1200,15 +1204,15 @@ def answer_questions(
             ]  # fmt: skip
             made = {record["qid"]: record for record in gather_object(records)}
             new = [made[row.qid] for row in chunk if row.qid not in done]
-            done.update({record["qid"]: record for record in new})
+            done.update({record["qid"]: record["scores"] for record in new})
             if accelerator.is_main_process:
                 append_jsonl(path, new)
             stop_if_asked(accelerator)
         bar.update(len(chunk))
-        right += sum(sum(done[row.qid]["scores"]) for row in chunk)
+        right += sum(sum(done[row.qid]) for row in chunk)
         bar.set_postfix(accuracy=f"{right / n / (start + len(chunk)):.3f}")
     bar.close()
-    return [done[row.qid] for row in rows]
+    return {row.qid: done[row.qid] for row in rows}
 
 
 def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int) -> dict[str, list[Row]]:
@@ -1236,25 +1240,25 @@ def sample(
     policy = load_policy(model_path, cfg)
     rows = checked_rows(data_path, cfg, policy, accelerator, need)
     policy.to(accelerator.device)
-    records = answer_questions(
-        policy, rows, cfg.group_size, cfg.temperature, cfg, None, folder / "rollouts.jsonl", accelerator
-    )
-    split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
-    right = [int(sum(record["scores"])) for record in records]
-    root = cfg.image_root or default_image_root(data_path)
-    summary = {
-        "questions": len(rows),
-        **{name: len(part) for name, part in split.items()},
-        "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
-        "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
-        "truncated": round(sum(sum(record["truncated"]) for record in records) / len(records) / cfg.group_size, 4),
-        "image_root": os.path.relpath(os.path.abspath(root), os.path.abspath(folder)),  # of the three files
-    }
+    path = folder / "rollouts.jsonl"
+    scores = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, path, accelerator)
+    split = split_by_difficulty(rows, scores, cfg.group_size)
     if accelerator.is_main_process:
+        right = [int(sum(scores[row.qid])) for row in rows]
+        truncated = {record["qid"]: sum(record["truncated"]) for record in read_jsonl(path)}
+        root = cfg.image_root or default_image_root(data_path)
+        summary = {
+            "questions": len(rows),
+            **{name: len(part) for name, part in split.items()},
+            "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
+            "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
+            "truncated": round(sum(truncated[row.qid] for row in rows) / len(rows) / cfg.group_size, 4),
+            "image_root": os.path.relpath(os.path.abspath(root), os.path.abspath(folder)),  # of the three files
+        }
         for name, part in split.items():
             write_json(folder / f"{name}.json", [row.raw for row in part])
         write_json(folder / "summary.json", summary)
-    accelerator.print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
+        print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
     if "key_words" in need and not (split["easy"] and split["medium"]):
         accelerator.print(
             "  An RL stage without questions cannot run: warm up longer, or name a file: --stage perception --from_data FILE"
@@ -2403,6 +2407,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": tied embeddings, as meant
     try:
         with SIGNALS:
             run_stages(flags)
