@@ -6,7 +6,7 @@ a second data set that is not the toy. No network, no GPU, deterministic.
 
 import base64
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 import csv
 from fractions import Fraction
 import io
@@ -28,12 +28,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 import zlib
 
 from PIL import Image, ImageDraw
+from accelerate import Accelerator
 import psutil
 import pytest
 import torch
+from torch.distributed.utils import _to_kwargs  # what DDP and FSDP2 do to the inputs of a forward
+from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import data
 import pebr
@@ -3401,6 +3408,10 @@ save = pebr.save_policy
 def save_on_every_process(policy, accelerator, model, folder):
     whole = {{n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in policy.named_parameters()}}
     torch.save((type(model).__name__, whole), f"{{folder}}/process{{accelerator.process_index}}.pt")
+    if torch.distributed.is_initialized():
+        group = torch.distributed.distributed_c10d._get_default_group()
+        hours = group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 3600
+        open(f"{{folder}}/hours_to_wait", "w").write(str(hours))
     save(policy, accelerator, model, folder)
 pebr.save_policy = save_on_every_process
 pebr.main(sys.argv[1:])
@@ -3445,6 +3456,7 @@ def test_two_processes_make_the_updates_of_one(launcher, wrapper, toy, toy_run, 
     [(_, expected)], metrics, samples = three_updates_of_one_process
     saved, *logs = three_updates(launcher, toy, toy_run, tmp_path / "run", "--resample_rounds", "1")
     assert [name for name, _ in saved] == [wrapper] * 2
+    assert float((tmp_path / "run" / "reasoning" / "hours_to_wait").read_text()) == 2  # while one writes a checkpoint
     start = weights_of(toy_run / "warmup")
     assert any((expected[f"model.{n}"] - w).abs().max() > 1e-4 for n, w in start.items() if f"model.{n}" in expected)
     for _, got in saved:
@@ -3662,6 +3674,432 @@ def test_the_memory_plan_names_what_to_lower(policy, toy, cfg, accelerator, monk
     ):
         pebr.print_memory_plan(policy, None, pebr.replace(cfg, **changes), accelerator)
         assert f"DOES NOT FIT: it takes to lower {flag}" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A pretended device: what a GPU would refuse, on a machine without one
+
+DEVICE = torch.device("meta")  # "cuda" would make the autograd engine look for a driver
+aten = torch.ops.aten
+COPIES = (aten.copy_.default, aten._to_copy.default)
+INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+ON_CPU = {aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}  # what only CUDA has
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it is on DEVICE, and does not meet CPU tensors."""
+
+    @staticmethod
+    def __new__(cls, elem):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
+            device=DEVICE, requires_grad=elem.requires_grad,
+        )  # fmt: skip
+
+    def __init__(self, elem):
+        self.elem = elem
+
+    def __setitem__(self, key, value):  # torch would send a list of indices to the real meta device, where it has no values
+        key = key if isinstance(key, tuple) else (key,)
+        super().__setitem__(tuple(torch.tensor(k) if isinstance(k, list) else k for k in key), value)
+
+    is_cuda = True  # for pebr.py, which has its own kernels for CUDA
+    tolist = lambda self: self.elem.tolist()
+    item = lambda self: self.elem.item()
+    __bool__ = lambda self: bool(self.elem)
+    __int__ = lambda self: int(self.elem)
+    __float__ = lambda self: float(self.elem)
+    __index__ = lambda self: self.elem.__index__()
+    __repr__ = lambda self: f"OnDevice({self.elem})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return on_device(func, args, kwargs or {})
+
+
+def on_device(func, args, kwargs):
+    """Compute on the CPU what belongs on the device. As CUDA does, refuse CPU tensors that are neither numbers nor indices."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    ours = any(isinstance(x, OnDevice) for x in tensors)
+    must_be_ours = tree_leaves((args[:1], args[2:], kwargs)) if func in INDEXING else tensors
+    foreign = [x for x in must_be_ours if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) and x.dim() > 0]
+    if ours and foreign and func not in COPIES:
+        raise RuntimeError(f"{func}: tensors on the device and on the CPU meet")
+    assert all(isinstance(x, OnDevice) or x.device != DEVICE for x in tensors), f"{func}: a tensor without values"
+    asked = kwargs.get("device")
+    if asked is not None:
+        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"} | {"device": "cpu"}
+    on_cpu = tree_map(lambda x: x.elem if isinstance(x, OnDevice) else x, (args, kwargs))
+    out = ON_CPU.get(func, func)(*on_cpu[0], **on_cpu[1])
+    name = func.__name__.split(".")[0]
+    if name.endswith("_") and not name.startswith("__"):
+        return args[0]  # in place
+    if func is aten._local_scalar_dense.default or not (torch.device(asked) == DEVICE if asked is not None else ours):
+        return out
+    return tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)
+
+
+class PretendDevice(TorchDispatchMode):
+    _mode_key = torch._C._TorchDispatchModeKey.FAKE  # the slot in which torch.zeros(..., device=DEVICE) reaches it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return on_device(func, args, kwargs or {})
+
+
+def varlen_attn(query, key, value, bounds, key_bounds, longest, longest_key, scale):
+    """torch's, window by window: (tokens, heads, dim) in bf16. What its flash kernel would refuse fails here, too."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16 and bounds.dtype == torch.int32 and bounds is key_bounds
+    ends = bounds.tolist()
+    assert max(b - a for a, b in itertools.pairwise(ends)) == longest == longest_key
+    windows = zip(*([x[a:b].transpose(0, 1) for a, b in itertools.pairwise(ends)] for x in (query, key, value)))
+    return torch.cat([F.scaled_dot_product_attention(*window, scale=scale).transpose(0, 1) for window in windows])
+
+
+def with_autocast(product):
+    """F.linear or the like, in bf16 under autocast, which itself knows nothing of OnDevice."""
+
+    def cast(x):
+        return x.bfloat16() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+
+    def in_bf16(*args, **kwargs):
+        args, kwargs = tree_map(cast, (args, kwargs)) if torch.is_autocast_enabled("cpu") else (args, kwargs)
+        return product(*args, **kwargs)
+
+    return in_bf16
+
+
+class DeviceAccelerator(Accelerator):
+    """accelerate, on DEVICE or the CPU, with or without bf16, whatever the process's other Accelerators have."""
+
+    def __init__(self, device, bf16):
+        super().__init__(cpu=True)
+        self.own_device, self.bf16 = device, bf16
+
+    device = property(lambda self: self.own_device)
+    autocast = lambda self: torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+
+@contextmanager
+def pretended_device():
+    """Inside, DEVICE is a device. Attention takes the plain kernel, because the others ask which device it is."""
+    made_by_torch = torch.tensor
+
+    def tensor(data, *args, device=None, **kwargs):  # with a list of tensors, torch.tensor(device=...) does not reach the mode
+        data = [x.tolist() if isinstance(x, torch.Tensor) else x for x in data] if isinstance(data, (list, tuple)) else data
+        made = made_by_torch(data, *args, **kwargs)
+        return made if device is None else made.to(device)
+
+    mask = lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool, device=DEVICE).tril(columns - rows)
+    with pytest.MonkeyPatch.context() as patch, PretendDevice(), sdpa_kernel(SDPBackend.MATH):
+        patch.setattr(torch, "tensor", tensor)
+        for name in ("linear", "conv3d", "scaled_dot_product_attention"):
+            patch.setattr(F, name, with_autocast(getattr(F, name)))
+        patch.setattr(pebr, "varlen_attn", varlen_attn)
+        patch.setattr(pebr, "causal_lower_right", mask)  # torch's own is a tensor class without a device
+        yield
+
+
+def move_inputs(policy, launcher):
+    """What DDP and FSDP2's root do on CUDA before a forward (generate is one for FSDP2): tensors inside of lists go to the device,
+    other objects stay as they are."""
+    for name in {"": (), "DDP": ("forward",), "FSDP2": ("forward", "generate")}[launcher]:
+        method = getattr(policy, name)
+
+        def moved(*args, method=method, **kwargs):
+            (args,), (kwargs,) = _to_kwargs(args, kwargs, DEVICE, False)
+            return method(*args, **kwargs)
+
+        setattr(policy, name, moved)
+
+
+def one_of_each(model_folder, clip, rows, cfg, device, launcher=""):
+    """Rollout, reward, reference log-probs, a GRPO update and a warm-up update of one model on a device. Returns all that
+    comes out of them as plain numbers and CPU tensors."""
+    accelerator = DeviceAccelerator(device, cfg.mixed_precision == "bf16")
+    policy, reference = pebr.load_policy(model_folder, cfg), pebr.load_reference(model_folder, cfg, accelerator)
+    move_inputs(policy.to(device), launcher)
+    move_inputs(reference, launcher if launcher == "FSDP2" else "")  # DDP does not wrap the reference
+    if cfg.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable()
+    prompts = [pebr.encode_prompt(policy, row, cfg, "{question}", i) for i, row in enumerate(rows)]
+    rollouts = pebr.generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature, "seed")
+    pebr.score_rollouts(rollouts, clip)
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = float(i % 3 - 1)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    pebr.add_reference(rollouts, reference, cfg, accelerator)
+    grpo = pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, off_policy=True)
+    answers = [pebr.encode_response(policy, "red blue") for _ in prompts]
+
+    def loss_of(examples):
+        loss = -policy([p for p, _ in examples], [c for _, c in examples], 1.0)[0].sum() / 6
+        return loss, {"loss": loss.detach()}
+
+    warmup = pebr.optimizer_step(accelerator, policy, optimizer, cfg, [list(zip(prompts, answers))], loss_of)
+    return {
+        "tokens": [r.tokens.tolist() for r in rollouts], "parts": [r.parts for r in rollouts],
+        "old": torch.cat([r.old_logprobs for r in rollouts]), "ref": torch.cat([r.ref_logprobs for r in rollouts]),
+        "grpo": grpo, "warmup": warmup, "weights": torch.cat([p.detach().cpu().flatten() for p in policy.parameters()]),
+    }  # fmt: skip
+
+
+def pictured_rows(tmp_path, sizes):
+    """One row per picture size; None: no picture."""
+    images = [[picture(tmp_path / f"row{i}.png", size)] if size else [] for i, size in enumerate(sizes)]
+    return [Row(f"row {i}", str(i), "How many red objects are there ?", "1", paths, ["red"]) for i, paths in enumerate(images)]
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("launcher, checkpointing", [("DDP", False), ("FSDP2", True)])
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_on_a_pretended_device_everything_is_as_on_the_cpu(engine, launcher, checkpointing, mixed_precision, toy, tmp_path):
+    """Inputs are moved as each launcher moves them on CUDA. Pictures of several windows, of one, and none."""
+    flags = dict(run_dir=str(toy.parent), engine=engine, max_new_tokens=8, group_size=3, micro_batch_size=6, generate_batch_size=6,
+                 gradient_checkpointing=checkpointing, mixed_precision=mixed_precision, kl_coef=0.5)  # fmt: skip
+    cfg, clip = pebr.resolve("perception", flags), rewards.ClipScorer(f"local-dir:{toy / 'clip'}", "cpu")
+    rows = pictured_rows(tmp_path, [(168, 140), (56, 56), None])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = one_of_each(str(toy / "model"), clip, rows, cfg, torch.device("cpu"))
+    with pretended_device():
+        got = one_of_each(str(toy / "model"), clip, rows, cfg, DEVICE, launcher)
+    assert got["tokens"] == expected["tokens"] and got["parts"] == expected["parts"]
+    tolerance = dict(rtol=1e-4, atol=1e-5) if mixed_precision == "no" else dict(rtol=2e-2, atol=2e-2)
+    for name in ("old", "ref", "weights"):
+        torch.testing.assert_close(got[name], expected[name], **tolerance)
+    for name in ("grpo", "warmup"):
+        assert got[name] == pytest.approx(expected[name], rel=tolerance["rtol"], abs=tolerance["atol"])
+    assert expected["grpo"]["grad_norm"] > 0.1 and expected["warmup"]["grad_norm"] > 0.1
+
+
+def test_the_pretended_device_refuses_what_a_device_would_and_is_gone_afterwards():
+    here, before = torch.ones(3), (torch.tensor, F.linear, pebr.varlen_attn)
+    with pretended_device():
+        there = torch.arange(3.0, device=DEVICE)
+        assert (there + 1).tolist() == [1, 2, 3] and there[torch.tensor([2])].tolist() == [2]  # numbers and indices may mix
+        for meet in (lambda: there + here, lambda: torch.cat([here, there]), lambda: there.index_put((torch.tensor([0]),), here[:1])):
+            with pytest.raises(RuntimeError, match="on the device and on the CPU meet"):
+                meet()
+    assert (torch.tensor, F.linear, pebr.varlen_attn) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What bf16, real sizes and several processes add
+
+
+@pytest.mark.parametrize("is_fsdp2", [False, True])
+def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(is_fsdp2, toy, cfg):
+    if is_fsdp2:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        accelerator = SimpleNamespace(device=torch.device("cpu"), is_fsdp2=is_fsdp2)
+        reference = pebr.load_reference(str(toy / "model"), pebr.replace(cfg, mixed_precision="bf16"), accelerator)
+    finally:
+        if is_fsdp2:
+            torch.distributed.destroy_process_group()
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+    exact = dict(pebr.load_policy(str(toy / "model"), cfg).named_buffers())
+    for name, buffer in reference.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, exact[name]), name
+    assert any("inv_freq" in name for name in exact)
+
+
+def test_a_decoding_step_does_not_round_its_scores_before_the_softmax():
+    """Values are one-hot, so that the output is the attention weights. Scores of up to some 100, as trained models have them."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
+    keys, query, one_hot = normal(1, 1, 16, 64), 40 * normal(8, 4, 1, 64), torch.eye(32, dtype=torch.bfloat16)
+    prompt_values, value = one_hot[None, None, :16], one_hot[16].expand(8, 1, 1, 32)
+    new_key = normal(8, 1, 1, 64)
+    cache = pebr.GroupCache([(keys, prompt_values)], torch.zeros(1, 1, 1, 16), 8, torch.arange(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = pebr.decode_attention(query, new_key, value, 0.125, cache, 0, 0)[:, 0, :, :17]  # (8, 4, 17)
+    everything = torch.cat([keys.expand(8, 1, 16, 64), new_key], 2).double()
+    scores = 0.125 * query.double() @ everything.mT
+    assert 50 < scores.abs().max() < 300
+    variation = (got.double() - scores.softmax(-1)[:, :, 0]).abs().sum(-1) / 2
+    assert variation.max() < 0.004  # bf16 weights; rounded scores gave 0.1
+
+
+def test_a_frozen_vision_tower_has_no_backward_pass(policy, cfg, tmp_path, accelerator):
+    cfg = pebr.replace(cfg, freeze_vision=True, gradient_checkpointing=True, kl_coef=0.0)
+    model, optimizer = pebr.prepare_training(policy, cfg, accelerator)
+    runs = {"vision": 0, "text": 0}
+    visual, decoder = policy.model.base_model.visual, policy.model.base_model.language_model
+    visual.blocks[0].attn.register_forward_hook(lambda *_: runs.update(vision=runs["vision"] + 1))
+    decoder.layers[0].self_attn.register_forward_hook(lambda *_: runs.update(text=runs["text"] + 1))
+    rollouts = rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, -1])
+    pebr.update_policy(rollouts, model, optimizer, cfg, accelerator, off_policy=False)
+    assert runs == {"vision": 1, "text": 2}  # the language model is computed once more in the backward pass
+
+
+@pytest.mark.parametrize("kind", FAMILIES[:3])
+def test_window_attention_is_sdpa_on_each_window(families, kind, cfg, tmp_path):
+    policy, grads = pebr.load_policy(str(families / kind), cfg), {}
+    prompts = prompts_of(policy, pebr.replace(cfg, max_prompt_length=500), tmp_path, sizes=((308, 196), (56, 56), (140, 84)))
+    batch, visual = pebr.collate(prompts, None, policy.pad_id, "cpu"), policy.model.base_model.visual
+    for implementation in ("sdpa", "flash_windows"):
+        visual.config._attn_implementation = implementation
+        out = visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
+        policy.zero_grad()
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        grads[implementation] = [out, *(p.grad.clone() for p in visual.parameters() if p.grad is not None)]
+    assert len(grads["sdpa"]) > 10
+    for expected, got in zip(grads["sdpa"], grads["flash_windows"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_vision_tower_attends_in_one_call_a_layer_and_waits_for_nothing(families, cfg, tmp_path, monkeypatch):
+    """12 windows: one call for each, and the three .tolist() of a layer, would keep a GPU waiting."""
+    policy, calls = pebr.load_policy(str(families / "qwen2_5_vl"), cfg), Counter()
+    prompts = prompts_of(policy, pebr.replace(cfg, max_prompt_length=500), tmp_path, sizes=((308, 196),))
+    counted = lambda name, work: lambda *args, **kwargs: calls.update([name]) or work(*args, **kwargs)
+    blocks = policy.model.base_model.visual.blocks
+    blocks[0].register_forward_pre_hook(lambda *_: calls.clear())  # what comes before is once a forward
+    blocks[-1].register_forward_hook(lambda *_: calls.update(layers=len(blocks)) or monkeypatch.undo())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted("attention", F.scaled_dot_product_attention))
+    for name in ("tolist", "item"):
+        monkeypatch.setattr(torch.Tensor, name, counted("waits", getattr(torch.Tensor, name)))
+    policy(prompts, [torch.tensor([10, 11])], 1.0)
+    assert calls == {"layers": 2, "attention": 2}
+
+
+def test_k3_is_clamped_as_in_the_authors_code():
+    d = torch.tensor([8.0, 2.0, -8.0, -40.0], requires_grad=True)  # reference - policy
+    kl = pebr.k3_kl(torch.zeros(4), d)
+    torch.testing.assert_close(kl, torch.tensor([10.0, math.exp(2) - 3, math.exp(-8) + 7, 10.0]))
+    assert torch.autograd.grad(kl.sum(), d)[0].ne(0).tolist() == [False, True, True, False]
+
+
+def test_the_room_of_the_kv_cache_doubles():
+    cache, rooms = pebr.GroupCache([], torch.zeros(1, 1, 1, 1), 1, torch.arange(1)), []
+    for step in range(2048):
+        keys, values = cache.append(0, step, torch.full((1, 1, 1, 1), float(step)), torch.full((1, 1, 1, 1), -float(step)))
+        rooms.append(cache.own[0][0].shape[2])
+    assert keys.flatten().tolist() == [-x for x in values.flatten().tolist()] == list(range(2048))
+    assert len(set(rooms)) <= 6  # each growth is two allocations a layer, and leaves two holes
+
+
+def test_only_scores_are_sent_to_other_processes_when_sampling_resumes(policy, cfg, toy, tmp_path, accelerator, monkeypatch):
+    rows, sent = data.load_rows(str(toy / "train.json"))[0][:3], []
+    args = policy, rows, 2, 1.0, pebr.replace(cfg, stage="sample"), None, tmp_path / "rollouts.jsonl", accelerator
+    scores = pebr.answer_questions(*args)
+    saved = (tmp_path / "rollouts.jsonl").read_text()
+    assert scores == {record["qid"]: record["scores"] for record in map(json.loads, saved.splitlines())}
+    broadcast = pebr.broadcast_object_list
+    monkeypatch.setattr(pebr, "broadcast_object_list", lambda objects: sent.extend(objects) or broadcast(objects))
+    assert pebr.answer_questions(*args) == scores and (tmp_path / "rollouts.jsonl").read_text() == saved
+    assert sent == [scores]
+
+
+@pytest.fixture(scope="session")
+def tied(toy, tmp_path_factory):
+    """The toy's model with tied embeddings, as the real 3B has them."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    shutil.copytree(toy / "model", folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config = type(model.generation_config).from_pretrained(folder)
+    model.save_pretrained(folder)
+    assert "lm_head.weight" not in weights_of(folder)
+    return folder
+
+
+def test_tied_embeddings_train_as_one_and_are_saved_once(tied, cfg, tmp_path, accelerator):
+    policy = pebr.load_policy(str(tied), cfg)
+    head, embedding = policy.model.get_output_embeddings().weight, policy.model.get_input_embeddings().weight
+    assert head is embedding
+    before, rollouts = embedding.detach().clone(), rollouts_of(prompts_of(policy, cfg, tmp_path), [4, 6], [1, -1])
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    pebr.update_policy(rollouts, policy, optimizer, pebr.replace(cfg, kl_coef=0.0), accelerator, off_policy=False)
+    assert (embedding - before).abs().max() > 1e-4
+    pebr.save_policy(policy, accelerator, policy, tmp_path / "saved")
+    assert "lm_head.weight" not in weights_of(tmp_path / "saved")
+    again = pebr.load_policy(str(tmp_path / "saved"), cfg)
+    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
+    for (name, p), q in zip(policy.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_run_with_tied_embeddings_resumes_exactly_and_says_nothing_of_shared_tensors(tied, toy, tmp_path, monkeypatch, caplog):
+    (tmp_path / "toy").symlink_to(toy)
+    argv = ["--stage", "reasoning", *SMALL, "--checkpoint_every", "1", "--from_model", str(tied), "--from_data", str(toy / "train.json")]
+    run(tmp_path, *argv)
+    expected, load_checkpoint = weights_of(tmp_path / "reasoning"), pebr.load_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(pebr, "save_policy", lambda *args: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(tmp_path, *argv, "--overwrite")
+    started = []
+    monkeypatch.setattr(pebr, "load_checkpoint", lambda *args: started.append(load_checkpoint(*args)) or started[-1])
+    run(tmp_path, *argv)
+    resumed = weights_of(tmp_path / "reasoning")
+    assert started == [1] and resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in resumed)
+    assert "Removed shared tensor" not in caplog.text
+
+
+VOCABULARY = 151_936  # of Qwen2.5-VL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_and_entropy_over_a_real_vocabulary(dtype, policy, cfg, tmp_path, monkeypatch):
+    """In chunks of 4 of 9 tokens, against float64."""
+    torch.manual_seed(0)
+    policy.model.lm_head, completions = torch.nn.Linear(64, VOCABULARY, bias=False), []
+    torch.nn.init.normal_(policy.model.lm_head.weight, std=0.5)
+    for last in (0, 75_000, VOCABULARY - 1):  # a response's last token is no input, so that it may be any
+        completions.append(torch.tensor([10, 11, last]))
+    prompts = prompts_of(policy, cfg, tmp_path)[:1] * 3
+    monkeypatch.setattr(pebr, "LOGITS_CHUNK", 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logprobs, entropy, mask = policy(prompts, completions, 1.2)
+        logits = policy.model.lm_head(pebr.packed_states(policy, prompts, completions))
+    assert logits.dtype == dtype and mask.sum() == 9
+    expected = (logits.double() / 1.2).log_softmax(-1)  # (9, V)
+    torch.testing.assert_close(logprobs.double().flatten(), expected.gather(1, torch.cat(completions)[:, None])[:, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropy.double().flatten(), -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-4)
+    assert logprobs.std() > 0.5 and entropy.std() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_chosen_from_a_real_vocabulary_as_float64_would(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(6, 16, generator=generator), torch.randn(16, VOCABULARY, generator=generator)
+    logits, noise = (hidden @ head).to(dtype), torch.rand(6, 8, generator=generator)
+    expected, rows = (logits.double() / 1.2).log_softmax(-1), torch.arange(6)
+    for temperature, top_p in ((0.0, 1.0), (1.2, 1.0), (1.2, 0.9), (1.2, 0.01)):
+        tokens, logprobs = pebr.sample_tokens(logits, noise, temperature, top_p, [5, VOCABULARY - 1])
+        scaled = expected if temperature else logits.double().log_softmax(-1)
+        torch.testing.assert_close(logprobs.double(), scaled[rows, tokens], rtol=0, atol=1e-4)
+        p = scaled.exp().index_fill(1, torch.tensor([5, VOCABULARY - 1]), 0.0)
+        p = p / p.sum(-1, keepdim=True)
+        more_likely = torch.where(p > p[rows, tokens, None], p, 0.0).sum(-1)
+        assert (p[rows, tokens] > 0).all() and (more_likely < top_p + 1e-4).all()
+        if not temperature:
+            assert (more_likely == 0).all()
+        elif top_p == 1.0:  # nothing is refused: the first number of the noise falls on the token
+            cumulated = p.cumsum(-1)[rows, tokens]
+            assert (cumulated > noise[:, 0] - 1e-5).all() and (cumulated - p[rows, tokens] < noise[:, 0] + 1e-5).all()
+
+
+def test_two_processes_train_in_bf16_with_fsdp2_as_one_does(toy, toy_run, cfg, tmp_path):
+    """Both shard the same weights, which stay float32; what bf16 rounds differs, so that only the direction is alike."""
+    bf16 = ("--mixed_precision", "bf16", "--gradient_checkpointing", "--max_new_tokens", "12")
+    [(_, one)], metrics, _ = three_updates("one", toy, toy_run, tmp_path / "one", *bf16)
+    [(name, first), (_, second)], sharded_metrics, _ = three_updates("FSDP2", toy, toy_run, tmp_path / "two", *bf16)
+    start = dict(pebr.load_policy(str(toy_run / "warmup"), cfg).named_parameters())
+    flat = lambda weights: torch.cat([(weights[name] - start[name]).flatten() for name in start])
+    assert name == "FSDPPolicy" and first.keys() == second.keys() == one.keys() == start.keys()
+    assert all(torch.equal(first[name], second[name]) and first[name].dtype == torch.float32 for name in first)
+    with torch.no_grad():
+        assert flat(first).norm() > 1e-2 and F.cosine_similarity(flat(first), flat(one), dim=0) > 0.7
+    assert sharded_metrics[0]["kl"] < 1e-3 and sharded_metrics[0]["sampler_gap"] < 0.05
+    for name in ("loss", "entropy", "grad_norm", "reward"):
+        assert sharded_metrics[0][name] == pytest.approx(metrics[0][name], rel=0.1, abs=0.02), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
