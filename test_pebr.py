@@ -3949,7 +3949,7 @@ def test_window_attention_is_sdpa_on_each_window(families, kind, cfg, tmp_path):
 
 
 def test_the_vision_tower_attends_in_one_call_a_layer_and_waits_for_nothing(families, cfg, tmp_path, monkeypatch):
-    """12 windows: one call for each, and the three .tolist() of a layer, would keep a GPU waiting."""
+    """6 windows: one call for each, and the three .tolist() of a layer, would keep a GPU waiting."""
     policy, calls = pebr.load_policy(str(families / "qwen2_5_vl"), cfg), Counter()
     prompts = prompts_of(policy, pebr.replace(cfg, max_prompt_length=500), tmp_path, sizes=((308, 196),))
     counted = lambda name, work: lambda *args, **kwargs: calls.update([name]) or work(*args, **kwargs)
@@ -4026,9 +4026,9 @@ def test_tied_embeddings_train_as_one_and_are_saved_once(tied, cfg, tmp_path, ac
 
 def test_a_run_with_tied_embeddings_resumes_exactly_and_says_nothing_of_shared_tensors(tied, toy, tmp_path, monkeypatch, caplog):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--stage", "reasoning", *SMALL, "--checkpoint_every", "1", "--from_model", str(tied), "--from_data", str(toy / "train.json")]
+    argv = ["--stage", "perception", *SMALL, "--checkpoint_every", "1", "--from_model", str(tied), "--from_data", str(toy / "train.json")]
     run(tmp_path, *argv)
-    expected, load_checkpoint = weights_of(tmp_path / "reasoning"), pebr.load_checkpoint
+    expected, load_checkpoint = weights_of(tmp_path / "perception"), pebr.load_checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(pebr, "save_policy", lambda *args: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
@@ -4036,7 +4036,7 @@ def test_a_run_with_tied_embeddings_resumes_exactly_and_says_nothing_of_shared_t
     started = []
     monkeypatch.setattr(pebr, "load_checkpoint", lambda *args: started.append(load_checkpoint(*args)) or started[-1])
     run(tmp_path, *argv)
-    resumed = weights_of(tmp_path / "reasoning")
+    resumed = weights_of(tmp_path / "perception")
     assert started == [1] and resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in resumed)
     assert "Removed shared tensor" not in caplog.text
@@ -4069,13 +4069,14 @@ def test_logprobs_and_entropy_over_a_real_vocabulary(dtype, policy, cfg, tmp_pat
 def test_tokens_are_chosen_from_a_real_vocabulary_as_float64_would(dtype):
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(6, 16, generator=generator), torch.randn(16, VOCABULARY, generator=generator)
-    logits, noise = (hidden @ head).to(dtype), torch.rand(6, 8, generator=generator)
+    logits, noise, banned = (hidden @ head).to(dtype), torch.rand(6, 8, generator=generator), [5, VOCABULARY - 1]
+    logits[:, banned] = logits.amax(-1, keepdim=True) + 1  # the two that the model likes best
     expected, rows = (logits.double() / 1.2).log_softmax(-1), torch.arange(6)
     for temperature, top_p in ((0.0, 1.0), (1.2, 1.0), (1.2, 0.9), (1.2, 0.01)):
-        tokens, logprobs = pebr.sample_tokens(logits, noise, temperature, top_p, [5, VOCABULARY - 1])
+        tokens, logprobs = pebr.sample_tokens(logits, noise, temperature, top_p, banned)
         scaled = expected if temperature else logits.double().log_softmax(-1)
         torch.testing.assert_close(logprobs.double(), scaled[rows, tokens], rtol=0, atol=1e-4)
-        p = scaled.exp().index_fill(1, torch.tensor([5, VOCABULARY - 1]), 0.0)
+        p = scaled.exp().index_fill(1, torch.tensor(banned), 0.0)
         p = p / p.sum(-1, keepdim=True)
         more_likely = torch.where(p > p[rows, tokens, None], p, 0.0).sum(-1)
         assert (p[rows, tokens] > 0).all() and (more_likely < top_p + 1e-4).all()
@@ -4097,7 +4098,7 @@ def test_two_processes_train_in_bf16_with_fsdp2_as_one_does(toy, toy_run, cfg, t
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == torch.float32 for name in first)
     with torch.no_grad():
         assert flat(first).norm() > 1e-2 and F.cosine_similarity(flat(first), flat(one), dim=0) > 0.7
-    assert sharded_metrics[0]["kl"] < 1e-3 and sharded_metrics[0]["sampler_gap"] < 0.05
+    assert sharded_metrics[0]["kl"] < 1e-6 and sharded_metrics[0]["sampler_gap"] < 0.05
     for name in ("loss", "entropy", "grad_norm", "reward"):
         assert sharded_metrics[0][name] == pytest.approx(metrics[0][name], rel=0.1, abs=0.02), name
 
