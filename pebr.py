@@ -253,7 +253,7 @@ PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MU
 MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
 LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
-ROOM = 64  # tokens that a response's part of the KV cache has room for at first; the room doubles when it is full
+ROOM = 64  # tokens that a response's part of the KV cache has room for at first; full, the room doubles
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -341,7 +341,7 @@ class Policy(torch.nn.Module):
         completions: (C_i,) ids, those of one prompt next to each other. Returns logprobs (B, C) with gradient, entropy (B, C)
         without, mask (B, C). Softmax over the whole vocabulary in float32, before the ban and before top-p.
         """
-        completions = [c.cpu() for c in completions]  # DDP and FSDP have moved them to the GPU, and left the prompts alone
+        completions = [c.cpu() for c in completions]  # DDP and FSDP move them to the GPU, but not the prompts
         lengths = torch.tensor([len(c) for c in completions], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C)
         hidden = (packed_states if self.fast else plain_states)(self, prompts, completions)  # (tokens, D)
@@ -646,7 +646,8 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
     def by_row(x):  # and back
         return x.unflatten(2, (cache.n, -1)).transpose(1, 2).flatten(0, 1)[cache.slot]
 
-    scores = torch.cat([by_row(float32_scores(by_prompt(query), prompt_keys) + cache.bias), float32_scores(query, keys)], -1)
+    prompt_scores = by_row(float32_scores(by_prompt(query), prompt_keys) + cache.bias)
+    scores = torch.cat([prompt_scores, float32_scores(query, keys)], -1)
     weights = (scores * scaling).softmax(-1).to(value.dtype)
     to_prompt, to_own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     out = by_row(by_prompt(to_prompt) @ prompt_values) + to_own @ values  # (rows, kv heads, R, dim)
@@ -654,8 +655,9 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
 
 
 def float32_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """query (B, kv heads, R, dim), keys (B, kv heads, L, dim) -> (B, kv heads, R, L) in float32, as the training forward's
-    attention has it: scores of bf16 lose up to a tenth of the softmax. On a GPU without a float32 copy of the cache."""
+    """query (B, kv heads, R, dim), keys (B, kv heads, L, dim) -> (B, kv heads, R, L) in float32, as the attention
+    of the training forward keeps them: rounding scores to bf16 moves a twentieth of the softmax at a score of 100.
+    On a GPU this takes no float32 copy of the cache."""
     if query.is_cuda and query.dtype == torch.bfloat16:
         product = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
         return product.unflatten(0, keys.shape[:2])
@@ -811,22 +813,26 @@ def group_attention(query, key, value, T: int, lengths: list[int], scaling: floa
     return torch.cat([prompt, *(rest[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
 
 
-def window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
-    """Attention of the vision tower within each window (or picture): all (1, heads, tokens, dim), window i from cu_seq_lens_q[i]
-    to [i + 1]. In one call, where transformers' sdpa makes one a window, and waits for the GPU to learn where each ends."""
+def window_attention(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs
+):
+    """Attention of the vision tower, (1, heads, tokens, dim), within each window or picture. Window i is the tokens
+    from cu_seq_lens_q[i] to cu_seq_lens_q[i + 1]. One call does what transformers' sdpa does in a call per window,
+    after waiting for the GPU to tell where each window ends."""
     bounds, longest = cu_seq_lens_q, max_length_q
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):  # what the kernel takes
         query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
         return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling)[None], None
     places = bounds[:-1, None] + torch.arange(longest, device=bounds.device)  # (windows, longest)
     inside, last = places < bounds[1:, None], value.shape[2] - 1
-    padded = lambda x: x[0].transpose(0, 1)[places.clamp(max=last)].transpose(1, 2)  # (windows, heads, longest, dim)
-    mask = inside[:, None, None]
-    out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), attn_mask=mask, scale=scaling)
+    # (1, heads, tokens, dim) -> (windows, heads, longest, dim)
+    padded = lambda x: x[0].transpose(0, 1)[places.clamp(max=last)].transpose(1, 2)
+    query, key, value, mask = padded(query), padded(key), padded(value), inside[:, None, None]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2)[inside][None], None
 
 
-AttentionInterface.register("flash_windows", window_attention)  # "flash": transformers then gives the bounds of the windows
+AttentionInterface.register("flash_windows", window_attention)  # "flash" makes transformers pass the bounds
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
@@ -874,7 +880,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, divide_by_std: bo
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4 ("low_var_kl").
 
-    Clamped twice, as in the authors' code: a token at d = 8 would weigh 30 at --kl_coef 0.01, against advantages of about 1."""
+    Clamped twice, as in the authors' code: at --kl_coef 0.01 a token at d = 8 would weigh 30, an advantage about 1."""
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -961,7 +967,7 @@ def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
         freeze_vision(policy.model)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
-        policy.model.disable_input_require_grads()  # else the backward pass runs through a frozen vision tower, too
+        policy.model.disable_input_require_grads()  # else backward runs through a frozen vision tower, too
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = [type(text_layers(policy)[0]).__name__]
@@ -1174,8 +1180,8 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
 def answer_questions(
     policy: Policy, rows: list[Row], n: int, temperature: float, cfg: Config, clip, path: Path, accelerator
 ) -> dict[str, list[float]]:
-    """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped. Returns
-    the scores of each question, which is all that a process keeps of its answers.
+    """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped.
+    Returns the scores of each question, which is all that a process keeps of the answers.
 
     Each question has its seed, so that an interrupted run, or one on more processes, gives the lines of a whole one.
     """
@@ -2381,7 +2387,7 @@ def run_stages(flags: dict) -> None:
     stages = [name for name in STAGES if name != "dryrun"] if stage == "all" else [stage]
     configs = [resolve(name, flags) for name in stages]
     cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
-    # Two hours: the others wait while the main process writes a checkpoint, and NCCL would give up after ten minutes.
+    # The others wait while the main process writes a checkpoint; NCCL would give up after ten minutes.
     num_processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
     for cfg in configs:  # all of them before the first one starts
         check_config(cfg, num_processes)
@@ -2407,7 +2413,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": tied embeddings, as meant
+    # Else "Removed shared tensor" with each checkpoint of a model with tied embeddings, where nothing is wrong.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     try:
         with SIGNALS:
             run_stages(flags)

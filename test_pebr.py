@@ -3682,7 +3682,8 @@ def test_the_memory_plan_names_what_to_lower(policy, toy, cfg, accelerator, monk
 DEVICE = torch.device("meta")  # "cuda" would make the autograd engine look for a driver
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
-INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor,
+            aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)  # fmt: skip
 ON_CPU = {aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}  # what only CUDA has
 
 
@@ -3876,7 +3877,9 @@ def test_the_pretended_device_refuses_what_a_device_would_and_is_gone_afterwards
     with pretended_device():
         there = torch.arange(3.0, device=DEVICE)
         assert (there + 1).tolist() == [1, 2, 3] and there[torch.tensor([2])].tolist() == [2]  # numbers and indices may mix
-        for meet in (lambda: there + here, lambda: torch.cat([here, there]), lambda: there.index_put((torch.tensor([0]),), here[:1])):
+        zero = torch.tensor([0])
+        meetings = lambda: there + here, lambda: torch.cat([here, there]), lambda: there.index_put((zero,), here[:1])
+        for meet in meetings:
             with pytest.raises(RuntimeError, match="on the device and on the CPU meet"):
                 meet()
     assert (torch.tensor, F.linear, pebr.varlen_attn) == before
@@ -4026,7 +4029,8 @@ def test_tied_embeddings_train_as_one_and_are_saved_once(tied, cfg, tmp_path, ac
 
 def test_a_run_with_tied_embeddings_resumes_exactly_and_says_nothing_of_shared_tensors(tied, toy, tmp_path, monkeypatch, caplog):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--stage", "perception", *SMALL, "--checkpoint_every", "1", "--from_model", str(tied), "--from_data", str(toy / "train.json")]
+    argv = ["--stage", "perception", *SMALL, "--checkpoint_every", "1"]
+    argv += ["--from_model", str(tied), "--from_data", str(toy / "train.json")]
     run(tmp_path, *argv)
     expected, load_checkpoint = weights_of(tmp_path / "perception"), pebr.load_checkpoint
     with monkeypatch.context() as patch:
@@ -4060,7 +4064,8 @@ def test_logprobs_and_entropy_over_a_real_vocabulary(dtype, policy, cfg, tmp_pat
         logits = policy.model.lm_head(pebr.packed_states(policy, prompts, completions))
     assert logits.dtype == dtype and mask.sum() == 9
     expected = (logits.double() / 1.2).log_softmax(-1)  # (9, V)
-    torch.testing.assert_close(logprobs.double().flatten(), expected.gather(1, torch.cat(completions)[:, None])[:, 0], rtol=0, atol=1e-4)
+    of_the_ids = expected.gather(1, torch.cat(completions)[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double().flatten(), of_the_ids, rtol=0, atol=1e-4)
     torch.testing.assert_close(entropy.double().flatten(), -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-4)
     assert logprobs.std() > 0.5 and entropy.std() > 1e-3
 
