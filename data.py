@@ -185,15 +185,6 @@ def sft_row(where: str, raw: dict, root: str) -> Row:
     return row
 
 
-def default_image_root(path: str) -> str:
-    """The data file's folder; for a file that difficulty sampling wrote, that of the file it was split from."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        return os.path.join(folder, json.loads(Path(folder, "summary.json").read_bytes())["image_root"])
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):  # there is none, or it is somebody else's
-        return folder
-
-
 MISSING = {  # a field that a stage needs, and what to say of a row without it
     "answer": "no answer to grade against (of a warm-up row: its response has no final answer section)",
     "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
@@ -219,7 +210,7 @@ def load_rows(
         raise DataError(
             f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or name a file: --stage perception --from_data FILE)"
         )
-    root = image_root or default_image_root(path)
+    root = image_root or os.path.dirname(os.path.abspath(path))
     benchmark = benchmark or find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set())
     rows, problems, seen = [], [], {}
     for i, raw in enumerate(raws):

@@ -101,7 +101,6 @@ from data import (
     ToyConfig,
     build_toy_world,
     chat_messages,
-    default_image_root,
     filter_warmup_rows,
     load_image,
     load_rows,
@@ -154,7 +153,7 @@ class Config:
     prompt_file: str = option("", "instruction around each RL question, {question} marks its place (default: data.INSTRUCTION)", DATA)
     warmup_cases: str = option("all", "all, or hard: warm up on the rows that the base model gets wrong 8 times of 8", DATA)
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping", DATA)
-    min_pixels: int = option(576, "smaller pictures are enlarged to this area", DATA)
+    min_pixels: int = option(576, "smaller pictures are enlarged to this area (no effect below a processor's own floor: Qwen's is 3136)", DATA)
     max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 4194304)", DATA)
     max_prompt_length: int = option(2048, "tokens, image tokens included; a longer prompt is a broken row, never cut (sampling: 8192)", DATA)
     max_sft_length: int = option(4096, "tokens of prompt and response in the warm-up", DATA)
@@ -162,7 +161,7 @@ class Config:
     random_init: bool = option(False, "dryrun: the model's shape with random weights, for which config and processor files are enough", DATA)
 
     from_model: str = option("", "start from this model instead of the previous stage's (evaluate: score this one only)", TRAIN)
-    from_data: str = option("", "use this file instead of the previous stage's", TRAIN)
+    from_data: str = option("", "use this file instead of the previous stage's (one of another run's sample/ needs --image_root)", TRAIN)
     learning_rate: float = option(1e-6, "warm-up: 1e-5", TRAIN)
     lr_schedule: str = option("constant", "constant or cosine (warm-up: cosine)", TRAIN)
     lr_warmup: float = option(0.0, "share of the steps with a rising learning rate (warm-up: 0.1)", TRAIN)
@@ -996,6 +995,15 @@ def read_instruction(cfg: Config) -> str:
     return text
 
 
+def read_rows(path: str, cfg: Config, need: tuple[str, ...] = ()) -> tuple[list[Row], list[str]]:
+    """load_rows with this run's settings. The files that its sampling wrote name pictures as the file they were split from does."""
+    root, summary = cfg.image_root, Path(path).resolve().with_name("summary.json")
+    ours = [Path(cfg.run_dir, name).resolve() for name in ("sample", "sample_base")]
+    if not root and summary.parent in ours and summary.is_file():
+        root = os.path.join(summary.parent, json.loads(summary.read_text())["image_root"])
+    return load_rows(path, root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
+
+
 def stop_for_broken_rows(path: str, problems: list[str], cfg: Config, accelerator: Accelerator) -> None:
     """Raise DataError with the list of broken rows; with --skip_bad_rows print it."""
     if problems:
@@ -1009,12 +1017,12 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
     """Read a stage's own data file before any stage starts: a typo must not surface after hours. Pictures are opened later."""
     if cfg.stage == "evaluate":
         for path in test_files(cfg).values():
-            stop_for_broken_rows(path, load_rows(path, cfg.image_root, ("answer",), cfg.benchmark)[1], cfg, accelerator)
+            stop_for_broken_rows(path, read_rows(path, cfg, ("answer",))[1], cfg, accelerator)
     elif not is_finished(Path(cfg.run_dir, cfg.stage)):
         own = {"warmup": (cfg.sft_data, ("response",)), "sample": (cfg.train_data, ("answer", "key_words"))}
         path, need = own.get(cfg.stage, ("", ()))
         if path := cfg.from_data or path:
-            stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
+            stop_for_broken_rows(path, read_rows(path, cfg, need)[1], cfg, accelerator)
         if cfg.stage == "perception":
             load_clip(cfg, accelerator)  # the same goes for its weights
 
@@ -1022,7 +1030,7 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
     """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
     stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
-    rows, problems = load_rows(path, cfg.image_root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
+    rows, problems = read_rows(path, cfg, need)
     if cfg.stage == "sample":  # warm-up rows too, with --warmup_cases hard, are questions here
         rows = [replace(row, response="") for row in rows]
     instruction, mine = read_instruction(cfg), []
@@ -1208,7 +1216,7 @@ def sample(
     )
     split = split_by_difficulty(rows, {record["qid"]: record["scores"] for record in records}, cfg.group_size)
     right = [int(sum(record["scores"])) for record in records]
-    root = cfg.image_root or default_image_root(data_path)
+    root = cfg.image_root or os.path.dirname(os.path.abspath(data_path))
     summary = {
         "questions": len(rows),
         **{name: len(part) for name, part in split.items()},
@@ -1360,7 +1368,7 @@ def calibration_pairs(rows: list[Row], cfg: Config) -> tuple[list[list], list[st
     source, text_of = "keywords", lambda row: ", ".join(row.key_words)
     if os.path.isfile(cfg.sft_data):
         source, text_of = "descriptions of --sft_data", lambda row: parse_response(row.response).description
-        rows = [row for row in load_rows(cfg.sft_data, cfg.image_root)[0] if row.images]
+        rows = [row for row in read_rows(cfg.sft_data, cfg)[0] if row.images]
     drawn = shuffled_batch(rows, 0, min(len(rows), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
     images = {}  # by text: each text once
     for row in drawn:
@@ -1546,7 +1554,7 @@ def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> 
 
 def regrade(cfg: Config, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Score the saved predictions again: after a change of the rules, the gold answers or --benchmark. Needs no model."""
-    rows, problems = load_rows(data_path, cfg.image_root, ("answer",), cfg.benchmark)
+    rows, problems = read_rows(data_path, cfg, ("answer",))
     stop_for_broken_rows(data_path, problems, cfg, accelerator)
     if accelerator.is_main_process:
         if cfg.skip_bad_rows:  # rows that were dropped when their pictures were opened
@@ -1710,7 +1718,7 @@ def allocate_adam(model, optimizer, cfg: Config) -> None:
 def print_projection(wall: dict, result: dict, cfg: Config, accelerator: Accelerator) -> None:
     """Hours of GRPO over all of --train_data, if it is there, into `result` and on the screen."""
     if os.path.isfile(cfg.train_data):
-        rows, problems = load_rows(cfg.train_data, cfg.image_root)
+        rows, problems = read_rows(cfg.train_data, cfg)
         stop_for_broken_rows(cfg.train_data, problems, cfg, accelerator)
         steps = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
         result["hours"] = round(steps * sum(wall.values()) / 3600, 2)

@@ -1826,8 +1826,9 @@ FILES = {  # name of the file, its bytes or its maker; the message, or the qids 
     "byte order mark": ("rows.json", b"\xef\xbb\xbf[" + GOOD_ROW + b"]", ["1"]),
     "CRLF": ("rows.jsonl", GOOD_ROW + b"\r\n\r\n" + GOOD_ROW.replace(b'"1"', b'"2"') + b"\r\n", ["1", "2"]),
     "a text of 10 MB": ("rows.json", GOOD_ROW.replace(b"How many?", b"?" * 10**7), ["1"]),
-    "somebody else's summary.json beside it": ("rows.json", lambda path: (
-        Path(path).write_bytes(GOOD_ROW), Path(path).with_name("summary.json").write_text('[{"image_root": ')), ["1"]),
+    "a summary.json that names another image root beside it": ("rows.json", lambda path: (
+        Path(path).write_text(json.dumps({**ROW, "images": [pebr.__file__[1:]]})),
+        Path(path).with_name("summary.json").write_text('{"image_root": "/"}')), "(--image_root), or is no regular file"),
     "prompt: no UTF-8": ("prompt.txt", b"\xff{question}", "no text in UTF-8"),
     "prompt: no mark": ("prompt.txt", b"Look first.", "or it lacks the mark {question}"),
     "prompt: a directory": ("prompt.txt", os.mkdir, "no such file, or it lacks"),
