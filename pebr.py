@@ -67,7 +67,7 @@ from PIL import Image
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
 import psutil
@@ -140,7 +140,7 @@ class Config:
     overwrite: bool = option(False, "redo the stage although its folder is there", RUN)
     log_with: str = option("", "an accelerate tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...", RUN)
     print_every: int = option(10, "steps between two printed sample rollouts (warm-up: between two lines), 0 = never", RUN)
-    checkpoint_every: int = option(5, "steps between checkpoints to resume from, 0 = only where a signal stops the run", RUN)
+    checkpoint_minutes: float = option(15.0, "between checkpoints to resume from, 0 = one after every step", RUN)
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay until the stage is done", RUN)
     max_skipped_updates: int = option(3, "stop after so many skipped updates, without a step free of them in between; 0 = never", RUN)
 
@@ -220,7 +220,7 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
 }
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=1024, max_prompt_length=64,
-             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0, checkpoint_every=50),
+             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0),
     "dryrun": dict(max_prompt_length=128, rollout_batch_size=32, update_batch_size=16),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
@@ -1890,7 +1890,7 @@ OUT_OF_MEMORY = {  # what to lower, by the function that memory ran out in
     "score_rollouts": "the reward: --clip_device cpu keeps CLIP off the GPU",
     "rollout_logprobs": "the reference's log-probs: lower --micro_batch_size, then --max_new_tokens and --max_pixels",
     "optimizer_step": "the update: lower --micro_batch_size, then --max_new_tokens (warm-up: --max_sft_length) and --max_pixels",
-    "save_checkpoint": "writing a checkpoint: raise --checkpoint_every, or free memory of the machine",
+    "save_checkpoint": "writing a checkpoint: raise --checkpoint_minutes, or free memory of the machine",
 }  # fmt: skip
 
 
@@ -2218,6 +2218,13 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
     return step
 
 
+def checkpoint_due(folder: Path, cfg: Config, accelerator: Accelerator) -> bool:
+    """Whether --checkpoint_minutes have passed since the last checkpoint or the start. The first process's clock decides for all."""
+    last = max(path.stat().st_mtime for path in (folder / "stage.json", *checkpoints(folder)))
+    due = not cfg.checkpoint_minutes or time.time() - last >= 60 * cfg.checkpoint_minutes
+    return bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
+
+
 def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
     """After each step, on all processes: stop if too many updates were skipped without a step free of them in between; a
     checkpoint if one is due, or if a signal has come, which then stops the run. samples(): what this process trained on."""
@@ -2232,7 +2239,7 @@ def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, sa
                            f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
     save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
     stop_if_asked(accelerator, save)
-    if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+    if step < total and checkpoint_due(folder, cfg, accelerator):
         save()
 
 

@@ -2033,7 +2033,7 @@ ALL = ("warmup", "sample", "perception", "reasoning", "evaluate")
 
 def stage_by_stage(run_dir, seed, steps):
     """Command lines of all stages. The untrained model gets nothing right, hence --from_data."""
-    base = ["--run_dir", run_dir, "--seed", seed, "--max_steps", steps, "--checkpoint_every", 1, *LONGER]
+    base = ["--run_dir", run_dir, "--seed", seed, "--max_steps", steps, "--checkpoint_minutes", 0, *LONGER]
     questions = ["--from_data", run_dir / "toy" / "train.json"]
     return [[*base, "--stage", stage, *(questions if stage in ("perception", "reasoning") else [])] for stage in ALL]
 
@@ -2106,7 +2106,7 @@ def test_a_signal_ends_the_step_in_hand_and_the_same_command_goes_on_to_the_same
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "toy").symlink_to(toy)
-    common = ["--stage", stage, *LONGER, "--max_steps", "12", "--checkpoint_every", "0"]
+    common = ["--stage", stage, *LONGER, "--max_steps", "12"]
     common += ["--from_model", str(toy_run / "warmup" if stage != "warmup" else toy / "model")]
     common += ["--from_data", str(toy / "train.json")] if stage == "perception" else []
     pebr.main(["--run_dir", str(tmp_path / "whole"), *common])
@@ -2159,7 +2159,7 @@ def test_handlers_are_those_from_before_when_main_is_done(toy_run):
 def interrupted(toy, toy_run, run_dir, *argv):
     """Perception, stopped after its fourth step as by a signal, with a checkpoint after each. Returns the command line."""
     (run_dir / "toy").symlink_to(toy)
-    command = ["--stage", "perception", *LONGER, "--max_steps", "6", "--checkpoint_every", "1", *argv,
+    command = ["--stage", "perception", *LONGER, "--max_steps", "6", "--checkpoint_minutes", "0", *argv,
                "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
     whole_step = pebr.log_step
 
@@ -2216,10 +2216,22 @@ def test_a_checkpoint_holds_the_random_states_and_loads_no_foreign_pickle(tmp_pa
     accelerator.free_memory()
 
 
+def test_checkpoints_are_due_by_the_clock(tmp_path, accelerator):
+    def due(name, minutes_old, minutes=15.0):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - 60 * minutes_old,) * 2)
+        return pebr.checkpoint_due(tmp_path, Config(checkpoint_minutes=minutes), accelerator)
+
+    assert not due("stage.json", 14) and due("stage.json", 16) and due("stage.json", 0, minutes=0.0)
+    due("stage.json", 99)
+    assert not due("checkpoint-3", 14) and due("checkpoint-3", 16)  # the last checkpoint counts
+    assert not due("stage.json", 1)  # or the start, where that was later
+
+
 @pytest.mark.parametrize("launcher", ["DDP", "FSDP2"])
 def test_two_processes_stop_together_and_the_run_goes_on_with_the_same_counts(launcher, toy, toy_run, tmp_path):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--run_dir", str(tmp_path), "--stage", "reasoning", *LONGER, "--max_steps", "16", "--checkpoint_every", "0",
+    argv = ["--run_dir", str(tmp_path), "--stage", "reasoning", *LONGER, "--max_steps", "16",
             "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
     command, env = (
         [*LAUNCHERS[launcher], pebr.__file__, *argv],
@@ -3391,6 +3403,7 @@ def run_script(tmp_path, launcher, *argv):
 
 
 DRIVER = """
+import os
 import sys
 import torch
 from torch.distributed.tensor import DTensor
@@ -3404,7 +3417,8 @@ def save_on_every_process(policy, accelerator, model, folder):
     torch.save((type(model).__name__, whole), f"{{folder}}/process{{accelerator.process_index}}.pt")
     save(policy, accelerator, model, folder)
 pebr.save_policy = save_on_every_process
-pebr.main(sys.argv[1:])
+minutes = "9" if os.environ.get("RANK") == "1" else "0"  # of another clock: the first process decides for both
+pebr.main([*sys.argv[1:], "--checkpoint_minutes", minutes])
 """
 LAUNCHERS = {
     "one": [sys.executable],
@@ -3499,8 +3513,8 @@ def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, to
         "--stage",
         stage,
         *SMALL,
-        "--checkpoint_every",
-        "1",
+        "--checkpoint_minutes",
+        "0",
         "--from_model",
         str(toy_run / "warmup" if stage == "perception" else toy / "model"),
     ]
@@ -3907,7 +3921,7 @@ def train_with_pebr(folder, steps, max_new_tokens):
     pebr.main(["--stage", "reasoning", "--run_dir", f"{folder}/run{steps}", "--model", f"{folder}/model", "--from_model", f"{folder}/model",
                "--train_data", f"{folder}/rl.json", "--from_data", f"{folder}/rl.json", "--prompt_file", f"{folder}/prompt.txt", "--max_steps", steps,
                "--threads", "1", "--mixed_precision", "no", "--no-gradient_checkpointing", "--rollout_batch_size", "4", "--update_batch_size", "4",
-               "--micro_batch_size", "8", "--max_new_tokens", max_new_tokens, "--max_pixels", "2000000", "--checkpoint_every", "0", "--overwrite"])  # fmt: skip
+               "--micro_batch_size", "8", "--max_new_tokens", max_new_tokens, "--max_pixels", "2000000", "--overwrite"])  # fmt: skip
     print_cost(clocks)
 
 
