@@ -43,6 +43,7 @@ slightly narrower distribution than the one that is scored.
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 import fcntl
@@ -250,6 +251,7 @@ MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_sta
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
 LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
 ROOM = 64  # tokens by which a response's part of the KV cache grows
+PICTURE_THREADS = 4  # open and process pictures; most of that work releases the interpreter's lock
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -1027,27 +1029,75 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
             load_clip(cfg, accelerator)  # the same goes for its weights
 
 
+def prompts_ahead(policy: Policy, batches, cfg: Config):
+    """The prompts of each batch of (position, row). Threads make them while the caller works on the batch before, so that no
+    GPU waits for pictures. Raises DataError, with the row, for one that has become unusable since it was checked.
+
+    Fast tokenizers work in several threads unless one changes padding or truncation: check_policy's prompt has set both.
+    """
+    instruction = read_instruction(cfg)
+
+    def prompt_of(position: int, row: Row) -> Prompt:
+        try:
+            return encode_prompt(policy, row, cfg, instruction, position)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from None
+
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+        begun = ([pool.submit(prompt_of, *item) for item in batch] for batch in batches)
+        for batch, _ in itertools.pairwise(itertools.chain(begun, [None])):  # the next one has begun, too
+            yield [future.result() for future in batch]
+
+
+def row_key(policy: Policy, row: Row, cfg: Config, instruction: str) -> str:
+    """Of all that a prompt is made from, --max_pixels excepted."""
+    model = policy.model.config.model_type, len(policy.processor.tokenizer)
+    parts = (*model, cfg.min_pixels, chat_messages(row, instruction), row.images, row.response)
+    return hashlib.sha1(str(parts).encode()).hexdigest()
+
+
+def count_tokens(policy: Policy, row: Row, cfg: Config, instruction: str) -> int | str:
+    """Tokens of a row, encoded the way training will; or what is wrong with it."""
+    try:
+        length = encode_prompt(policy, row, cfg, instruction).inputs["input_ids"].shape[1]
+        if row.response:
+            length += len(encode_response(policy, row.response))
+            if length > cfg.max_sft_length:
+                raise DataError(f"prompt and response have {length} tokens, --max_sft_length is {cfg.max_sft_length}")
+        return length
+    except DataError as error:
+        return f"{row.where}: {error}"
+
+
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
-    """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
-    stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
+    """Rows of a data file, each one encoded once. Broken rows, and rows that lack a field in `need`, stop the run with the
+    whole list, or are dropped and counted with --skip_bad_rows.
+
+    Opening the pictures takes long. So checked.json in the run folder has the tokens of rows that were good in an earlier
+    stage or for another model: smaller pictures do not make a prompt longer.
+    """
     rows, problems = read_rows(path, cfg, need)
     if cfg.stage == "sample":  # warm-up rows too, with --warmup_cases hard, are questions here
         rows = [replace(row, response="") for row in rows]
-    instruction, mine = read_instruction(cfg), []
-    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
-        try:
-            length = encode_prompt(policy, rows[i], cfg, instruction).inputs["input_ids"].shape[1]
-            if rows[i].response:
-                length += len(encode_response(policy, rows[i].response))
-                if length > cfg.max_sft_length:
-                    raise DataError(f"prompt and response have {length} tokens, --max_sft_length is {cfg.max_sft_length}")
-        except DataError as error:
-            mine.append((i, f"{rows[i].where}: {error}"))
-    broken = dict(gather_object(mine))
-    problems += [message for _, message in sorted(broken.items())]
+    instruction, record = read_instruction(cfg), Path(cfg.run_dir, "checked.json")
+    keys = [row_key(policy, row, cfg, instruction) for row in rows]
+    known = json.loads(record.read_text()) if record.is_file() else {}  # {key: (max_pixels, tokens)}
+
+    def is_good(i: int) -> bool:
+        max_pixels, tokens = known.get(keys[i], (0, 0))
+        return max_pixels >= cfg.max_pixels and tokens <= (cfg.max_sft_length if rows[i].response else cfg.max_prompt_length)
+
+    mine = [i for i in range(accelerator.process_index, len(rows), accelerator.num_processes) if not is_good(i)]
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+        found = pool.map(lambda i: count_tokens(policy, rows[i], cfg, instruction), mine)
+        found = tqdm(found, f"checking {os.path.basename(path)}", len(mine), False, disable=not accelerator.is_main_process)
+        found = dict(gather_object(list(zip(mine, found))))
+    broken = {i: message for i, message in sorted(found.items()) if isinstance(message, str)}
+    if accelerator.is_main_process and len(found) > len(broken):
+        known |= {keys[i]: (cfg.max_pixels, tokens) for i, tokens in found.items() if i not in broken}
+        write_json(record, known)
+    stop_for_broken_rows(path, problems + list(broken.values()), cfg, accelerator)
     good = [row for i, row in enumerate(rows) if i not in broken]
-    stop_for_broken_rows(path, problems, cfg, accelerator)
     if not good:
         raise DataError(f"{path}: no usable rows")
     return good
@@ -1116,13 +1166,14 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     if accelerator.is_main_process:
         write_json(folder / "summary.json", {"rows": len(rows), "dropped": dropped})
     model, optimizer = prepare_training(policy, cfg, accelerator)
-    total, instruction = number_of_steps(len(rows), cfg.sft_batch_size, cfg), read_instruction(cfg)
+    total = number_of_steps(len(rows), cfg.sft_batch_size, cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
-    for step in range(start + 1, total + 1):
-        clock = time.perf_counter()
-        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
-        examples = [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
+    batches = (shuffled_batch(rows, step, cfg.sft_batch_size, cfg.seed) for step in range(start, total))
+    batches = (local_share(list(enumerate(batch)), accelerator) for batch in batches)
+    clock = time.perf_counter()
+    for step, prompts in enumerate(prompts_ahead(policy, batches, cfg), start + 1):
+        examples = [(prompt, encode_response(policy, prompt.row.response)) for prompt in prompts]
         tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
 
         def loss_of(examples):
@@ -1136,6 +1187,7 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         log_step(folder, cfg, step, total, metrics, {"update": time.perf_counter() - clock}, bar, accelerator)
         samples = lambda: [{"row": p.row.where, "problem": p.row.problem, "response": p.row.response} for p, _ in examples]
         end_step(folder, cfg, step, total, metrics, samples, accelerator)
+        clock = time.perf_counter()
     bar.close()
     with writing(folder):
         save_policy(policy, accelerator, model, folder)
@@ -1157,14 +1209,15 @@ def answer_questions(
     done = {record["qid"]: record for record in earlier[0]}
     if accelerator.is_main_process:
         write_jsonl(path, earlier[0])  # without a torn last line
-    instruction = read_instruction(cfg)
     width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
+    share = lambda start: list(enumerate(rows[start : start + width], start))[accelerator.process_index :: accelerator.num_processes]
+    missing = [start for start in range(0, len(rows), width) if any(row.qid not in done for row in rows[start : start + width])]
+    ahead = prompts_ahead(policy, map(share, missing), cfg)
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
     for start in range(0, len(rows), width):
         chunk = rows[start : start + width]
-        if any(row.qid not in done for row in chunk):
-            mine = list(enumerate(chunk, start))[accelerator.process_index :: accelerator.num_processes]
-            prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in mine]
+        if start in missing:
+            mine, prompts = share(start), next(ahead)
             rollouts = generate_rollouts(policy, prompts, n, cfg, accelerator, temperature, seed=path.stem)
             score_rollouts(rollouts, clip)
             groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
@@ -1241,10 +1294,10 @@ def sample(
 
 
 def collect_rollouts(
-    policy, questions: dict[int, Row], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
+    policy, prompts: list[Prompt], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
 ):
-    """Rollouts, rewards and advantages for this process's questions, {position in the step: row}; `spare` questions, the same
-    list on all processes, replace groups without spread.
+    """Rollouts, rewards and advantages for this process's questions; `spare` questions, the same list on all processes,
+    replace groups without spread.
 
     Returns (rollouts, whole groups in order of position; seconds).
     """
@@ -1252,7 +1305,6 @@ def collect_rollouts(
     seconds = {"rollout": 0.0, "reward": 0.0}
     for attempt in range(cfg.resample_rounds + 1):
         clock = time.perf_counter()
-        prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in questions.items()]
         rollouts = generate_rollouts(policy, prompts, G, cfg, accelerator, cfg.temperature, f"{seed} {attempt}")
         seconds["rollout"] += time.perf_counter() - clock
         clock = time.perf_counter()
@@ -1267,7 +1319,8 @@ def collect_rollouts(
             break
         tied = [position for position, group in groups.items() if is_tied(torch.tensor([[r.reward for r in group]]))]
         everywhere = sorted(gather_object(tied))  # so that it does not matter how questions are split over processes
-        questions = {position: row for position, row in zip(everywhere, spare) if position in tied}
+        again = [(position, row) for position, row in zip(everywhere, spare) if position in tied]
+        prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in again]
         spare = spare[len(everywhere) :]
     groups = [groups[position] for position in sorted(groups)]
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
@@ -1448,11 +1501,13 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         )
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
-    for step in range(start + 1, total + 1):
-        questions, spare = step_questions(rows, step, cfg, accelerator)
-        rollouts, seconds = collect_rollouts(
-            policy, questions, spare, f"{cfg.stage} {step}", cfg, clip, accelerator, vocabulary
-        )
+    questions = (step_questions(rows, step, cfg, accelerator)[0].items() for step in range(start + 1, total + 1))
+    clock = time.perf_counter()
+    for step, prompts in enumerate(prompts_ahead(policy, questions, cfg), start + 1):
+        waited = time.perf_counter() - clock
+        _, spare = step_questions(rows, step, cfg, accelerator)
+        rollouts, seconds = collect_rollouts(policy, prompts, spare, f"{cfg.stage} {step}", cfg, clip, accelerator, vocabulary)
+        seconds["rollout"] += waited
         metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
         clock = time.perf_counter()
         metrics["learning_rate"] = set_learning_rate(optimizer, cfg, step - 1, total)
@@ -1463,6 +1518,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         samples = lambda: [{"row": r.prompt.row.where, "problem": r.prompt.row.problem, "response": r.text, "reward": str(r.reward)}
                    for r in rollouts]  # fmt: skip
         end_step(folder, cfg, step, total, metrics, samples, accelerator)
+        clock = time.perf_counter()
     bar.close()
     with writing(folder):
         save_policy(policy, accelerator, model, folder)

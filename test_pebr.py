@@ -1956,6 +1956,57 @@ def test_a_picture_is_read_as_people_see_it_or_says_why_not(name, tmp_path):
             data.load_image(str(path), 1, 10**6)
 
 
+def test_prompts_are_made_in_threads_while_the_batch_before_is_used(policy, cfg, toy, tmp_path, monkeypatch):
+    rows, _ = data.load_rows(str(toy / "train.json"))
+    opened, load = [], pebr.load_image
+    monkeypatch.setattr(pebr, "load_image", lambda path, *limits: opened.append(path) or load(path, *limits))
+    batches = [list(enumerate(rows * 20)), [(7, rows[0])], []]  # enough of them for two threads to meet in the tokenizer
+    ahead = pebr.prompts_ahead(policy, iter(batches), cfg)
+    prompts, end = next(ahead), time.monotonic() + 20
+    while len(opened) < len(batches[0]) + 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(opened) == len(batches[0]) + 1  # the second batch's picture, too, though nobody has asked for it
+    for prompt, (position, row) in zip(prompts, batches[0], strict=True):
+        alone = pebr.encode_prompt(policy, row, cfg, "{question}")
+        assert prompt.position == position and prompt.row is row and prompt.inputs.keys() == alone.inputs.keys()
+        assert all(torch.equal(prompt.inputs[name], alone.inputs[name]) for name in alone.inputs)
+    assert [[prompt.position for prompt in batch] for batch in ahead] == [[7], []]
+
+
+def test_a_picture_that_breaks_after_the_check_stops_the_run_with_its_row(toy, toy_run, tmp_path):
+    rows = json.loads((toy / "train.json").read_text())
+    (tmp_path / "toy").symlink_to(toy)
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "images": ["a.png"]} for row in rows]))
+    picture(tmp_path / "a.png")
+    argv = ["--stage", "reasoning", *SMALL, "--from_model", str(toy_run / "warmup"), "--from_data", str(tmp_path / "rows.json")]
+    run(tmp_path, *argv)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(SystemExit, match=r"rows.json row \d: picture .*a.png is not readable"):
+        run(tmp_path, *argv, "--overwrite")
+
+
+def test_a_row_is_checked_once_in_a_run_folder(policy, cfg, toy, tmp_path, accelerator, monkeypatch):
+    opened, load = [], pebr.load_image
+    monkeypatch.setattr(pebr, "load_image", lambda path, *limits: opened.append(path) or load(path, *limits))
+    picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (112, 112))
+    rows = [{**ROW, "qid": name, "images": [f"{name}.png"]} for name in "ab"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def opens(stage, path="rows.json", **limits):  # names of the pictures that a stage's check opens
+        opened.clear()
+        stage_cfg = pebr.resolve(stage, {"run_dir": str(tmp_path), "prompt_file": cfg.prompt_file, **limits})
+        assert len(pebr.checked_rows(str(tmp_path / path), stage_cfg, policy, accelerator, ("answer",))) == len(rows)
+        return "".join(sorted(Path(name).stem for name in opened))
+
+    assert opens("sample") == "ab" and opens("evaluate") == opens("perception") == opens("sample") == ""
+    long = len(pebr.encode_prompt(policy, data.load_rows(str(tmp_path / "rows.json"))[0][1], cfg, "{question}").inputs["input_ids"][0])
+    assert opens("reasoning", max_prompt_length=long - 1, max_pixels=3136) == "b"  # with sampling's larger picture too long
+    assert opens("sample", max_pixels=5_000_000) == "ab" and opens("sample", min_pixels=577) == "ab"
+    rows.append({**ROW, "qid": "c", "images": ["a.png"], "problem": "<image>How few?"})
+    (tmp_path / "more.json").write_text(json.dumps(rows))
+    assert opens("sample", "more.json") == "a"
+
+
 def test_the_papers_warmup_filters_drop_and_count(tmp_path):
     picture(tmp_path / "big.png", (28, 28)), picture(tmp_path / "low.png", (80, 27))
     row = lambda image, response: Row("", "", "q", "", [str(tmp_path / image)], response=response)
@@ -3584,12 +3635,12 @@ def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator
 
     monkeypatch.setattr(pebr, "score_rollouts", score)
     cfg = pebr.replace(cfg, stage="reasoning")
-    questions = dict(enumerate(rows[:3]))
-    rollouts, _ = pebr.collect_rollouts(policy, questions, rows[3:5], "", cfg, None, accelerator)
+    [prompts] = pebr.prompts_ahead(policy, [enumerate(rows[:3])], cfg)
+    rollouts, _ = pebr.collect_rollouts(policy, prompts, rows[3:5], "", cfg, None, accelerator)
     assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train3", "train4", "train2"]
     assert all(r.advantage != 0 for r in rollouts)
     rollouts, _ = pebr.collect_rollouts(
-        policy, questions, rows[3:5], "", pebr.replace(cfg, resample_rounds=0), None, accelerator
+        policy, prompts, rows[3:5], "", pebr.replace(cfg, resample_rounds=0), None, accelerator
     )
     assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
     assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
