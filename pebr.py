@@ -103,6 +103,7 @@ from data import (
     build_toy_world,
     chat_messages,
     filter_warmup_rows,
+    in_instruction,
     load_image,
     load_rows,
     write_tsv_predictions,
@@ -151,7 +152,7 @@ class Config:
     test_data: str = option("", "held-out questions, rows as in --train_data, or benchmarks (VLMEvalKit TSV, JSON); several with commas "
                             "(default: toy's with --train_data toy)", DATA)
     image_root: str = option("", "folder of the pictures (default: the data file's folder)", DATA)
-    prompt_file: str = option("", "instruction around each RL question, {question} marks its place (default: data.INSTRUCTION)", DATA)
+    prompt_file: str = option("", "instruction around each question, {question} marks its place (default: data.INSTRUCTION)", DATA)
     warmup_cases: str = option("all", "all, or hard: warm up on the rows that the base model gets wrong 8 times of 8", DATA)
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping", DATA)
     min_pixels: int = option(576, "smaller pictures are enlarged to this area (no effect below a processor's own floor: Qwen's is 3136)", DATA)
@@ -1157,10 +1158,11 @@ def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, se
 
 def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
-    policy = load_policy(model_path, cfg)
+    policy, instruction = load_policy(model_path, cfg), read_instruction(cfg)
     rows = checked_rows(data_path, cfg, policy, accelerator, need=("response",))
     rows, dropped = filter_warmup_rows(rows)
-    accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}")
+    put = sum(in_instruction(row.problem, instruction) != row.problem for row in rows)
+    accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}; {put} put into the instruction, the others hold it already")
     if not rows:
         raise DataError(f"{data_path}: the warm-up filters dropped every row")
     if accelerator.is_main_process:

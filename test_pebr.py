@@ -3813,6 +3813,33 @@ def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tm
     assert weights_of(tmp_path / "perception").keys() == weights_of(tmp_path / "reasoning").keys()
 
 
+@pytest.mark.parametrize("prompt_file", ["", "prompt.txt"])
+def test_warmup_and_sampling_ask_in_one_form_without_a_flag_for_it(prompt_file, night_sky, tmp_path, capsys):
+    prompt_file = str(night_sky / prompt_file) if prompt_file else ""
+    argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.json"),
+            "--mixed_precision", "no", "--max_new_tokens", "32", "--max_pixels", "3136", "--no-freeze_vision", "--no-gradient_checkpointing",
+            "--temperature", "0.7", "--prompt_file", prompt_file]  # fmt: skip
+    run(tmp_path, "--stage", "warmup", *argv, "--max_steps", "40", "--learning_rate", "3e-3", "--sft_batch_size", "9")
+    assert "18 put into the instruction" in capsys.readouterr().out
+    run(tmp_path, "--stage", "sample", *argv)
+    assert json.loads((tmp_path / "sample" / "summary.json").read_text())["accuracy"] > 0.3
+    cfg = pebr.resolve("sample", pebr.parse_flags(argv))
+    policy, instruction = pebr.load_policy(cfg.model, cfg), pebr.read_instruction(cfg)
+    ids = lambda row: pebr.encode_prompt(policy, row, cfg, instruction).inputs["input_ids"][0].tolist()
+    prompts = [[ids(row) for row in data.load_rows(str(night_sky / name))[0]] for name in ("sft.json", "rl.json")]
+    assert {tuple(p) for p in prompts[0]} == {tuple(p) for p in prompts[1]}  # token by token
+
+
+def test_a_question_that_holds_the_instruction_is_not_put_into_it_again():
+    asked = data.INSTRUCTION.replace("{question}", "How many?")
+    assert data.in_instruction("How many?", data.INSTRUCTION) == data.in_instruction(asked, data.INSTRUCTION) == asked
+    other = "How many? " + " ".join(re.findall("###[^:\n]*", data.INSTRUCTION))  # in other words, under the same headings
+    assert data.in_instruction(other, data.INSTRUCTION) == other
+    assert data.in_instruction("Why?", "{question} Be brief.\n") == "Why? Be brief.\n"
+    assert data.in_instruction("Why? Be brief.", "{question} Be brief.\n") == "Why? Be brief."
+    assert data.in_instruction("Why?", "{question}") == "Why?"
+
+
 def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, tmp_path, accelerator):
     argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.json"),
             "--mixed_precision", "no", "--max_new_tokens", "8", "--group_size", "2", "--max_pixels", "10000", "--no-freeze_vision"]  # fmt: skip
