@@ -46,7 +46,7 @@ LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()  # not EPS, for which Pillow runs a program
 MAX_PICTURE = 2**26  # pixels, 8192 x 8192; more is refused before it is decoded
 
-# The instruction around a question, in all stages. The paper gives the headings; the wording is ours. --prompt_file replaces it. [12]
+# The instruction around a question, in all stages; --prompt_file replaces it. Headings are the paper's, the wording is ours. [12]
 INSTRUCTION = """{question}
 
 Look at the image first, then reason, then answer. Write exactly these sections:
@@ -483,8 +483,8 @@ def load_image(path: str, min_pixels: int, max_pixels: int) -> Image.Image:
 
 
 def in_instruction(problem: str, instruction: str) -> str:
-    """A question as every stage asks it: inside `instruction` at {question}, unless it holds its headings already (of an
-    instruction without headings: its words)."""
+    """A question as every stage asks it: inside `instruction` at {question}, unless it has the instruction's headings
+    (of one without headings: its words) already."""
     marks = re.findall(r"###[^:\n]*", instruction) or instruction.split("{question}")
     return problem if all(mark.strip() in problem for mark in marks) else instruction.replace("{question}", problem)
 

@@ -999,7 +999,8 @@ def read_instruction(cfg: Config) -> str:
 
 
 def read_rows(path: str, cfg: Config, need: tuple[str, ...] = ()) -> tuple[list[Row], list[str]]:
-    """load_rows with this run's settings. The files that its sampling wrote name pictures as the file they were split from does."""
+    """load_rows with this run's settings. Files of the run's own sampling have the image root of the file they were split
+    from; any other file's summary.json counts for nothing."""
     root, summary = cfg.image_root, Path(path).resolve().with_name("summary.json")
     ours = [Path(cfg.run_dir, name).resolve() for name in ("sample", "sample_base")]
     if not root and summary.parent in ours and summary.is_file():
@@ -1031,10 +1032,10 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
 
 
 def prompts_ahead(policy: Policy, batches, cfg: Config):
-    """The prompts of each batch of (position, row). Threads make them while the caller works on the batch before, so that no
-    GPU waits for pictures. Raises DataError, with the row, for one that has become unusable since it was checked.
+    """The prompts of each batch of (position, row), made by threads while the caller works on the batch before: no GPU
+    waits for pictures. Raises DataError, with the row, where a picture has become unreadable since it was checked.
 
-    Fast tokenizers work in several threads unless one changes padding or truncation: check_policy's prompt has set both.
+    Fast tokenizers allow threads as long as none changes padding or truncation; check_policy's prompt has set both.
     """
     instruction = read_instruction(cfg)
 
@@ -1071,11 +1072,11 @@ def count_tokens(policy: Policy, row: Row, cfg: Config, instruction: str) -> int
 
 
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
-    """Rows of a data file, each one encoded once. Broken rows, and rows that lack a field in `need`, stop the run with the
-    whole list, or are dropped and counted with --skip_bad_rows.
+    """Rows of a data file, each one encoded once. Broken rows, and rows that lack a field in `need`, stop the run with a
+    list of all, or are dropped and counted with --skip_bad_rows.
 
-    Opening the pictures takes long. So checked.json in the run folder has the tokens of rows that were good in an earlier
-    stage or for another model: smaller pictures do not make a prompt longer.
+    Pictures take long to open, so the run folder's checked.json holds the tokens of rows that were good in another stage or
+    for another model. They are good here if the limits are no tighter: smaller pictures make no prompt longer.
     """
     rows, problems = read_rows(path, cfg, need)
     if cfg.stage == "sample":  # warm-up rows too, with --warmup_cases hard, are questions here
@@ -1086,12 +1087,15 @@ def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tupl
 
     def is_good(i: int) -> bool:
         max_pixels, tokens = known.get(keys[i], (0, 0))
-        return max_pixels >= cfg.max_pixels and tokens <= (cfg.max_sft_length if rows[i].response else cfg.max_prompt_length)
+        limit = cfg.max_sft_length if rows[i].response else cfg.max_prompt_length
+        return max_pixels >= cfg.max_pixels and tokens <= limit
 
-    mine = [i for i in range(accelerator.process_index, len(rows), accelerator.num_processes) if not is_good(i)]
+    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    mine = [i for i in share if not is_good(i)]
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:
         found = pool.map(lambda i: count_tokens(policy, rows[i], cfg, instruction), mine)
-        found = tqdm(found, f"checking {os.path.basename(path)}", len(mine), False, disable=not accelerator.is_main_process)
+        title, quiet = f"checking {os.path.basename(path)}", not accelerator.is_main_process
+        found = tqdm(found, title, len(mine), leave=False, disable=quiet)
         found = dict(gather_object(list(zip(mine, found))))
     broken = {i: message for i, message in sorted(found.items()) if isinstance(message, str)}
     if accelerator.is_main_process and len(found) > len(broken):
@@ -1162,7 +1166,8 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
     rows = checked_rows(data_path, cfg, policy, accelerator, need=("response",))
     rows, dropped = filter_warmup_rows(rows)
     put = sum(in_instruction(row.problem, instruction) != row.problem for row in rows)
-    accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}; {put} put into the instruction, the others hold it already")
+    accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}")
+    accelerator.print(f"  {put} questions are put into the instruction, {len(rows) - put} have it already")
     if not rows:
         raise DataError(f"{data_path}: the warm-up filters dropped every row")
     if accelerator.is_main_process:
@@ -1212,11 +1217,15 @@ def answer_questions(
     if accelerator.is_main_process:
         write_jsonl(path, earlier[0])  # without a torn last line
     width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
-    share = lambda start: list(enumerate(rows[start : start + width], start))[accelerator.process_index :: accelerator.num_processes]
-    missing = [start for start in range(0, len(rows), width) if any(row.qid not in done for row in rows[start : start + width])]
+    starts = range(0, len(rows), width)
+    missing = [start for start in starts if any(row.qid not in done for row in rows[start : start + width])]
+
+    def share(start: int) -> list[tuple[int, Row]]:  # this process's part of a chunk
+        return list(enumerate(rows[start : start + width], start))[accelerator.process_index :: accelerator.num_processes]
+
     ahead = prompts_ahead(policy, map(share, missing), cfg)
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
-    for start in range(0, len(rows), width):
+    for start in starts:
         chunk = rows[start : start + width]
         if start in missing:
             mine, prompts = share(start), next(ahead)
@@ -1298,8 +1307,8 @@ def sample(
 def collect_rollouts(
     policy, prompts: list[Prompt], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
 ):
-    """Rollouts, rewards and advantages for this process's questions; `spare` questions, the same list on all processes,
-    replace groups without spread.
+    """Rollouts, rewards and advantages for this process's questions. `spare` questions, the same on all processes, replace
+    groups without spread.
 
     Returns (rollouts, whole groups in order of position; seconds).
     """
@@ -1497,18 +1506,18 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         report_calibration(clip, rows, cfg, folder)
     accelerator.wait_for_everyone()
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
-    if len(rows) < cfg.rollout_batch_size:
-        accelerator.print(
-            f"{len(rows)} questions for steps of {cfg.rollout_batch_size}: each step repeats some; lower --rollout_batch_size"
-        )
+    if len(rows) < (size := cfg.rollout_batch_size):
+        accelerator.print(f"{len(rows)} questions for steps of {size}: each repeats some; lower --rollout_batch_size")
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
-    questions = (step_questions(rows, step, cfg, accelerator)[0].items() for step in range(start + 1, total + 1))
+    steps = range(start + 1, total + 1)
+    questions = (step_questions(rows, step, cfg, accelerator)[0].items() for step in steps)
     clock = time.perf_counter()
-    for step, prompts in enumerate(prompts_ahead(policy, questions, cfg), start + 1):
+    for step, prompts in zip(steps, prompts_ahead(policy, questions, cfg)):
         waited = time.perf_counter() - clock
         _, spare = step_questions(rows, step, cfg, accelerator)
-        rollouts, seconds = collect_rollouts(policy, prompts, spare, f"{cfg.stage} {step}", cfg, clip, accelerator, vocabulary)
+        seed = f"{cfg.stage} {step}"
+        rollouts, seconds = collect_rollouts(policy, prompts, spare, seed, cfg, clip, accelerator, vocabulary)
         seconds["rollout"] += waited
         metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
         clock = time.perf_counter()
@@ -2277,7 +2286,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
 
 
 def checkpoint_due(folder: Path, cfg: Config, accelerator: Accelerator) -> bool:
-    """Whether --checkpoint_minutes have passed since the last checkpoint or the start. The first process's clock decides for all."""
+    """Whether --checkpoint_minutes have passed since the start or the last checkpoint; the first process decides for all."""
     last = max(path.stat().st_mtime for path in (folder / "stage.json", *checkpoints(folder)))
     due = not cfg.checkpoint_minutes or time.time() - last >= 60 * cfg.checkpoint_minutes
     return bool(broadcast(torch.tensor(int(due), device=accelerator.device)))

@@ -3820,7 +3820,7 @@ def test_warmup_and_sampling_ask_in_one_form_without_a_flag_for_it(prompt_file, 
             "--mixed_precision", "no", "--max_new_tokens", "32", "--max_pixels", "3136", "--no-freeze_vision", "--no-gradient_checkpointing",
             "--temperature", "0.7", "--prompt_file", prompt_file]  # fmt: skip
     run(tmp_path, "--stage", "warmup", *argv, "--max_steps", "40", "--learning_rate", "3e-3", "--sft_batch_size", "9")
-    assert "18 put into the instruction" in capsys.readouterr().out
+    assert "  18 questions are put into the instruction, 0 have it already" in capsys.readouterr().out
     run(tmp_path, "--stage", "sample", *argv)
     assert json.loads((tmp_path / "sample" / "summary.json").read_text())["accuracy"] > 0.3
     cfg = pebr.resolve("sample", pebr.parse_flags(argv))
