@@ -2070,7 +2070,7 @@ def wait_for(condition, process):
 
 def contents(run_dir):
     """{name: bytes} of what a run leaves, without clocks, paths and the toy world: the same for two runs with one seed."""
-    skipped = ("timing.jsonl", "stage.json", "run_config.json", "run.lock", "log.txt")
+    skipped = ("timing.jsonl", "stage.json", "run_config.json", "checked.json", "run.lock", "log.txt")
     files = [path for path in run_dir.rglob("*") if path.is_file() and path.name not in skipped]
     return {name: path.read_bytes() for path in files if not (name := str(path.relative_to(run_dir))).startswith("toy/")}
 
