@@ -46,7 +46,7 @@ LITERAL_LENGTH = 20_000  # characters of a list in a TSV cell
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()  # not EPS, for which Pillow runs a program
 MAX_PICTURE = 2**26  # pixels, 8192 x 8192; more is refused before it is decoded
 
-# The instruction around a question. The paper gives the headings; the wording is ours. --prompt_file replaces it. [12]
+# The instruction around a question, in all stages; --prompt_file replaces it. Headings are the paper's, the wording is ours. [12]
 INSTRUCTION = """{question}
 
 Look at the image first, then reason, then answer. Write exactly these sections:
@@ -185,15 +185,6 @@ def sft_row(where: str, raw: dict, root: str) -> Row:
     return row
 
 
-def default_image_root(path: str) -> str:
-    """The data file's folder; for a file that difficulty sampling wrote, that of the file it was split from."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        return os.path.join(folder, json.loads(Path(folder, "summary.json").read_bytes())["image_root"])
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):  # there is none, or it is somebody else's
-        return folder
-
-
 MISSING = {  # a field that a stage needs, and what to say of a row without it
     "answer": "no answer to grade against (of a warm-up row: its response has no final answer section)",
     "key_words": 'field "key_words" is missing or empty: the perception reward needs reference keywords',
@@ -219,7 +210,7 @@ def load_rows(
         raise DataError(
             f"{path}: no rows (of easy.json or medium.json: no such question; warm up longer, or name a file: --stage perception --from_data FILE)"
         )
-    root = image_root or default_image_root(path)
+    root = image_root or os.path.dirname(os.path.abspath(path))
     benchmark = benchmark or find_benchmark(path, set(raws[0]) if isinstance(raws[0], dict) else set())
     rows, problems, seen = [], [], {}
     for i, raw in enumerate(raws):
@@ -491,12 +482,16 @@ def load_image(path: str, min_pixels: int, max_pixels: int) -> Image.Image:
     return image
 
 
-def chat_messages(row: Row, instruction: str) -> list[dict]:
-    """The conversation up to the response, in the form that Hugging Face chat templates take.
+def in_instruction(problem: str, instruction: str) -> str:
+    """A question as every stage asks it: inside `instruction` at {question}, unless it has the instruction's headings
+    (of one without headings: its words) already."""
+    marks = re.findall(r"###[^:\n]*", instruction) or instruction.split("{question}")
+    return problem if all(mark.strip() in problem for mark in marks) else instruction.replace("{question}", problem)
 
-    RL questions stand inside `instruction` (at {question}); warm-up conversations are used as they are.
-    """
-    text = row.problem if row.response else instruction.replace("{question}", row.problem)
+
+def chat_messages(row: Row, instruction: str) -> list[dict]:
+    """The conversation up to the response, in the form that Hugging Face chat templates take."""
+    text = in_instruction(row.problem, instruction)
     if IMAGE_MARK not in text:
         text = IMAGE_MARK * len(row.images) + text
     first, *rest = text.split(IMAGE_MARK)

@@ -43,6 +43,7 @@ slightly narrower distribution than the one that is scored.
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -69,7 +70,7 @@ from PIL import Image
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
 import psutil
@@ -104,8 +105,8 @@ from data import (
     ToyConfig,
     build_toy_world,
     chat_messages,
-    default_image_root,
     filter_warmup_rows,
+    in_instruction,
     load_image,
     load_rows,
     write_tsv_predictions,
@@ -144,7 +145,7 @@ class Config:
     overwrite: bool = option(False, "redo the stage although its folder is there", RUN)
     log_with: str = option("", "an accelerate tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...", RUN)
     print_every: int = option(10, "steps between two printed sample rollouts (warm-up: between two lines), 0 = never", RUN)
-    checkpoint_every: int = option(5, "steps between checkpoints to resume from, 0 = only where a signal stops the run", RUN)
+    checkpoint_minutes: float = option(15.0, "between checkpoints to resume from, 0 = one after every step", RUN)
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay until the stage is done", RUN)
     max_skipped_updates: int = option(3, "stop after so many skipped updates, without a step free of them in between; 0 = never", RUN)
 
@@ -154,10 +155,10 @@ class Config:
     test_data: str = option("", "held-out questions, rows as in --train_data, or benchmarks (VLMEvalKit TSV, JSON); several with commas "
                             "(default: toy's with --train_data toy)", DATA)
     image_root: str = option("", "folder of the pictures (default: the data file's folder)", DATA)
-    prompt_file: str = option("", "instruction around each RL question, {question} marks its place (default: data.INSTRUCTION)", DATA)
+    prompt_file: str = option("", "instruction around each question, {question} marks its place (default: data.INSTRUCTION)", DATA)
     warmup_cases: str = option("all", "all, or hard: warm up on the rows that the base model gets wrong 8 times of 8", DATA)
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping", DATA)
-    min_pixels: int = option(576, "smaller pictures are enlarged to this area", DATA)
+    min_pixels: int = option(576, "smaller pictures are enlarged to this area (no effect below a processor's own floor: Qwen's is 3136)", DATA)
     max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 4194304)", DATA)
     max_prompt_length: int = option(2048, "tokens, image tokens included; a longer prompt is a broken row, never cut (sampling: 8192)", DATA)
     max_sft_length: int = option(4096, "tokens of prompt and response in the warm-up", DATA)
@@ -165,7 +166,7 @@ class Config:
     random_init: bool = option(False, "dryrun: the model's shape with random weights, for which config and processor files are enough", DATA)
 
     from_model: str = option("", "start from this model instead of the previous stage's (evaluate: score this one only)", TRAIN)
-    from_data: str = option("", "use this file instead of the previous stage's", TRAIN)
+    from_data: str = option("", "use this file instead of the previous stage's (one of another run's sample/ needs --image_root)", TRAIN)
     learning_rate: float = option(1e-6, "warm-up: 1e-5", TRAIN)
     lr_schedule: str = option("constant", "constant or cosine (warm-up: cosine)", TRAIN)
     lr_warmup: float = option(0.0, "share of the steps with a rising learning rate (warm-up: 0.1)", TRAIN)
@@ -224,7 +225,7 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
 }
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
     "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=1024, max_prompt_length=64,
-             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0, checkpoint_every=50),
+             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0),
     "dryrun": dict(max_prompt_length=128, rollout_batch_size=32, update_batch_size=16),
     "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
     "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
@@ -254,6 +255,7 @@ MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_sta
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
 LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
 ROOM = 64  # tokens that a response's part of the KV cache has room for at first; full, the room doubles
+PICTURE_THREADS = 4  # open and process pictures; most of that work releases the interpreter's lock
 LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
 
@@ -1036,6 +1038,16 @@ def read_instruction(cfg: Config) -> str:
     return text
 
 
+def read_rows(path: str, cfg: Config, need: tuple[str, ...] = ()) -> tuple[list[Row], list[str]]:
+    """load_rows with this run's settings. Files of the run's own sampling have the image root of the file they were split
+    from; any other file's summary.json counts for nothing."""
+    root, summary = cfg.image_root, Path(path).resolve().with_name("summary.json")
+    ours = [Path(cfg.run_dir, name).resolve() for name in ("sample", "sample_base")]
+    if not root and summary.parent in ours and summary.is_file():
+        root = os.path.join(summary.parent, json.loads(summary.read_text())["image_root"])
+    return load_rows(path, root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
+
+
 def stop_for_broken_rows(path: str, problems: list[str], cfg: Config, accelerator: Accelerator) -> None:
     """Raise DataError with the list of broken rows; with --skip_bad_rows print it."""
     if problems:
@@ -1049,37 +1061,88 @@ def check_files(cfg: Config, accelerator: Accelerator) -> None:
     """Read a stage's own data file before any stage starts: a typo must not surface after hours. Pictures are opened later."""
     if cfg.stage == "evaluate":
         for path in test_files(cfg).values():
-            stop_for_broken_rows(path, load_rows(path, cfg.image_root, ("answer",), cfg.benchmark)[1], cfg, accelerator)
+            stop_for_broken_rows(path, read_rows(path, cfg, ("answer",))[1], cfg, accelerator)
     elif not is_finished(Path(cfg.run_dir, cfg.stage)):
         own = {"warmup": (cfg.sft_data, ("response",)), "sample": (cfg.train_data, ("answer", "key_words"))}
         path, need = own.get(cfg.stage, ("", ()))
         if path := cfg.from_data or path:
-            stop_for_broken_rows(path, load_rows(path, cfg.image_root, need)[1], cfg, accelerator)
+            stop_for_broken_rows(path, read_rows(path, cfg, need)[1], cfg, accelerator)
         if cfg.stage == "perception":
             load_clip(cfg, accelerator)  # the same goes for its weights
 
 
+def prompts_ahead(policy: Policy, batches, cfg: Config):
+    """The prompts of each batch of (position, row), made by threads while the caller works on the batch before: no GPU
+    waits for pictures. Raises DataError, with the row, where a picture has become unreadable since it was checked.
+
+    Fast tokenizers allow threads as long as none changes padding or truncation; check_policy's prompt has set both.
+    """
+    instruction = read_instruction(cfg)
+
+    def prompt_of(position: int, row: Row) -> Prompt:
+        try:
+            return encode_prompt(policy, row, cfg, instruction, position)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from None
+
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+        begun = ([pool.submit(prompt_of, *item) for item in batch] for batch in batches)
+        for batch, _ in itertools.pairwise(itertools.chain(begun, [None])):  # the next one has begun, too
+            yield [future.result() for future in batch]
+
+
+def row_key(policy: Policy, row: Row, cfg: Config, instruction: str) -> str:
+    """Of all that a prompt is made from, --max_pixels excepted."""
+    model = policy.model.config.model_type, len(policy.processor.tokenizer)
+    parts = (*model, cfg.min_pixels, chat_messages(row, instruction), row.images, row.response)
+    return hashlib.sha1(str(parts).encode()).hexdigest()
+
+
+def count_tokens(policy: Policy, row: Row, cfg: Config, instruction: str) -> int | str:
+    """Tokens of a row, encoded the way training will; or what is wrong with it."""
+    try:
+        length = encode_prompt(policy, row, cfg, instruction).inputs["input_ids"].shape[1]
+        if row.response:
+            length += len(encode_response(policy, row.response))
+            if length > cfg.max_sft_length:
+                raise DataError(f"prompt and response have {length} tokens, --max_sft_length is {cfg.max_sft_length}")
+        return length
+    except DataError as error:
+        return f"{row.where}: {error}"
+
+
 def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
-    """Rows of a data file, each one encoded once the way training will. Broken rows, and rows that lack a field in `need`,
-    stop the run with the whole list, or are dropped and counted with --skip_bad_rows."""
-    rows, problems = load_rows(path, cfg.image_root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
+    """Rows of a data file, each one encoded once. Broken rows, and rows that lack a field in `need`, stop the run with a
+    list of all, or are dropped and counted with --skip_bad_rows.
+
+    Pictures take long to open, so the run folder's checked.json holds the tokens of rows that were good in another stage or
+    for another model. They are good here if the limits are no tighter: smaller pictures make no prompt longer.
+    """
+    rows, problems = read_rows(path, cfg, need)
     if cfg.stage == "sample":  # warm-up rows too, with --warmup_cases hard, are questions here
         rows = [replace(row, response="") for row in rows]
-    instruction, mine = read_instruction(cfg), []
+    instruction, record = read_instruction(cfg), Path(cfg.run_dir, "checked.json")
+    keys = [row_key(policy, row, cfg, instruction) for row in rows]
+    known = json.loads(record.read_text()) if record.is_file() else {}  # {key: (max_pixels, tokens)}
+
+    def is_good(i: int) -> bool:
+        max_pixels, tokens = known.get(keys[i], (0, 0))
+        limit = cfg.max_sft_length if rows[i].response else cfg.max_prompt_length
+        return max_pixels >= cfg.max_pixels and tokens <= limit
+
     share = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    for i in tqdm(share, desc=f"checking {os.path.basename(path)}", disable=not accelerator.is_main_process, leave=False):
-        try:
-            length = encode_prompt(policy, rows[i], cfg, instruction).inputs["input_ids"].shape[1]
-            if rows[i].response:
-                length += len(encode_response(policy, rows[i].response))
-                if length > cfg.max_sft_length:
-                    raise DataError(f"prompt and response have {length} tokens, --max_sft_length is {cfg.max_sft_length}")
-        except DataError as error:
-            mine.append((i, f"{rows[i].where}: {error}"))
-    broken = dict(gather_object(mine))
-    problems += [message for _, message in sorted(broken.items())]
+    mine = [i for i in share if not is_good(i)]
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+        found = pool.map(lambda i: count_tokens(policy, rows[i], cfg, instruction), mine)
+        title, quiet = f"checking {os.path.basename(path)}", not accelerator.is_main_process
+        found = tqdm(found, title, len(mine), leave=False, disable=quiet)
+        found = dict(gather_object(list(zip(mine, found))))
+    broken = {i: message for i, message in sorted(found.items()) if isinstance(message, str)}
+    if accelerator.is_main_process and len(found) > len(broken):
+        known |= {keys[i]: (cfg.max_pixels, tokens) for i, tokens in found.items() if i not in broken}
+        write_json(record, known)
+    stop_for_broken_rows(path, problems + list(broken.values()), cfg, accelerator)
     good = [row for i, row in enumerate(rows) if i not in broken]
-    stop_for_broken_rows(path, problems, cfg, accelerator)
     if not good:
         raise DataError(f"{path}: no usable rows")
     return good
@@ -1139,22 +1202,25 @@ def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, se
 
 def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
-    policy = load_policy(model_path, cfg)
+    policy, instruction = load_policy(model_path, cfg), read_instruction(cfg)
     rows = checked_rows(data_path, cfg, policy, accelerator, need=("response",))
     rows, dropped = filter_warmup_rows(rows)
+    put = sum(in_instruction(row.problem, instruction) != row.problem for row in rows)
     accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}")
+    accelerator.print(f"  {put} questions are put into the instruction, {len(rows) - put} have it already")
     if not rows:
         raise DataError(f"{data_path}: the warm-up filters dropped every row")
     if accelerator.is_main_process:
         write_json(folder / "summary.json", {"rows": len(rows), "dropped": dropped})
     model, optimizer = prepare_training(policy, cfg, accelerator)
-    total, instruction = number_of_steps(len(rows), cfg.sft_batch_size, cfg), read_instruction(cfg)
+    total = number_of_steps(len(rows), cfg.sft_batch_size, cfg)
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
-    for step in range(start + 1, total + 1):
-        clock = time.perf_counter()
-        batch = local_share(shuffled_batch(rows, step - 1, cfg.sft_batch_size, cfg.seed), accelerator)
-        examples = [(encode_prompt(policy, row, cfg, instruction), encode_response(policy, row.response)) for row in batch]
+    batches = (shuffled_batch(rows, step, cfg.sft_batch_size, cfg.seed) for step in range(start, total))
+    batches = (local_share(list(enumerate(batch)), accelerator) for batch in batches)
+    clock = time.perf_counter()
+    for step, prompts in enumerate(prompts_ahead(policy, batches, cfg), start + 1):
+        examples = [(prompt, encode_response(policy, prompt.row.response)) for prompt in prompts]
         tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
 
         def loss_of(examples):
@@ -1168,6 +1234,7 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerat
         log_step(folder, cfg, step, total, metrics, {"update": time.perf_counter() - clock}, bar, accelerator)
         samples = lambda: [{"row": p.row.where, "problem": p.row.problem, "response": p.row.response} for p, _ in examples]
         end_step(folder, cfg, step, total, metrics, samples, accelerator)
+        clock = time.perf_counter()
     bar.close()
     with writing(folder):
         save_policy(policy, accelerator, model, folder)
@@ -1192,14 +1259,19 @@ def answer_questions(
         earlier = [{record["qid"]: record["scores"] for record in records}]
     broadcast_object_list(earlier)
     done = earlier[0]
-    instruction = read_instruction(cfg)
     width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
+    starts = range(0, len(rows), width)
+    missing = [start for start in starts if any(row.qid not in done for row in rows[start : start + width])]
+
+    def share(start: int) -> list[tuple[int, Row]]:  # this process's part of a chunk
+        return list(enumerate(rows[start : start + width], start))[accelerator.process_index :: accelerator.num_processes]
+
+    ahead = prompts_ahead(policy, map(share, missing), cfg)
     bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
-    for start in range(0, len(rows), width):
+    for start in starts:
         chunk = rows[start : start + width]
-        if any(row.qid not in done for row in chunk):
-            mine = list(enumerate(chunk, start))[accelerator.process_index :: accelerator.num_processes]
-            prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in mine]
+        if start in missing:
+            mine, prompts = share(start), next(ahead)
             rollouts = generate_rollouts(policy, prompts, n, cfg, accelerator, temperature, seed=path.stem)
             score_rollouts(rollouts, clip)
             groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
@@ -1252,7 +1324,7 @@ def sample(
     if accelerator.is_main_process:
         right = [int(sum(scores[row.qid])) for row in rows]
         truncated = {record["qid"]: sum(record["truncated"]) for record in read_jsonl(path)}
-        root = cfg.image_root or default_image_root(data_path)
+        root = cfg.image_root or os.path.dirname(os.path.abspath(data_path))
         summary = {
             "questions": len(rows),
             **{name: len(part) for name, part in split.items()},
@@ -1276,10 +1348,10 @@ def sample(
 
 
 def collect_rollouts(
-    policy, questions: dict[int, Row], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
+    policy, prompts: list[Prompt], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
 ):
-    """Rollouts, rewards and advantages for this process's questions, {position in the step: row}; `spare` questions, the same
-    list on all processes, replace groups without spread.
+    """Rollouts, rewards and advantages for this process's questions. `spare` questions, the same on all processes, replace
+    groups without spread.
 
     Returns (rollouts, whole groups in order of position; seconds).
     """
@@ -1287,7 +1359,6 @@ def collect_rollouts(
     seconds = {"rollout": 0.0, "reward": 0.0}
     for attempt in range(cfg.resample_rounds + 1):
         clock = time.perf_counter()
-        prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in questions.items()]
         rollouts = generate_rollouts(policy, prompts, G, cfg, accelerator, cfg.temperature, f"{seed} {attempt}")
         seconds["rollout"] += time.perf_counter() - clock
         clock = time.perf_counter()
@@ -1302,7 +1373,8 @@ def collect_rollouts(
             break
         tied = [position for position, group in groups.items() if is_tied(torch.tensor([[r.reward for r in group]]))]
         everywhere = sorted(gather_object(tied))  # so that it does not matter how questions are split over processes
-        questions = {position: row for position, row in zip(everywhere, spare) if position in tied}
+        again = [(position, row) for position, row in zip(everywhere, spare) if position in tied]
+        prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in again]
         spare = spare[len(everywhere) :]
     groups = [groups[position] for position in sorted(groups)]
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
@@ -1403,7 +1475,7 @@ def calibration_pairs(rows: list[Row], cfg: Config) -> tuple[list[list], list[st
     source, text_of = "keywords", lambda row: ", ".join(row.key_words)
     if os.path.isfile(cfg.sft_data):
         source, text_of = "descriptions of --sft_data", lambda row: parse_response(row.response).description
-        rows = [row for row in load_rows(cfg.sft_data, cfg.image_root)[0] if row.images]
+        rows = [row for row in read_rows(cfg.sft_data, cfg)[0] if row.images]
     drawn = shuffled_batch(rows, 0, min(len(rows), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
     images = {}  # by text: each text once
     for row in drawn:
@@ -1479,17 +1551,19 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         report_calibration(clip, rows, cfg, folder)
     accelerator.wait_for_everyone()
     total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
-    if len(rows) < cfg.rollout_batch_size:
-        accelerator.print(
-            f"{len(rows)} questions for steps of {cfg.rollout_batch_size}: each step repeats some; lower --rollout_batch_size"
-        )
+    if len(rows) < (size := cfg.rollout_batch_size):
+        accelerator.print(f"{len(rows)} questions for steps of {size}: each repeats some; lower --rollout_batch_size")
     start = load_checkpoint(folder, accelerator)
     bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
-    for step in range(start + 1, total + 1):
-        questions, spare = step_questions(rows, step, cfg, accelerator)
-        rollouts, seconds = collect_rollouts(
-            policy, questions, spare, f"{cfg.stage} {step}", cfg, clip, accelerator, vocabulary
-        )
+    steps = range(start + 1, total + 1)
+    questions = (step_questions(rows, step, cfg, accelerator)[0].items() for step in steps)
+    clock = time.perf_counter()
+    for step, prompts in zip(steps, prompts_ahead(policy, questions, cfg)):
+        waited = time.perf_counter() - clock
+        _, spare = step_questions(rows, step, cfg, accelerator)
+        seed = f"{cfg.stage} {step}"
+        rollouts, seconds = collect_rollouts(policy, prompts, spare, seed, cfg, clip, accelerator, vocabulary)
+        seconds["rollout"] += waited
         metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
         clock = time.perf_counter()
         metrics["learning_rate"] = set_learning_rate(optimizer, cfg, step - 1, total)
@@ -1500,6 +1574,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accel
         samples = lambda: [{"row": r.prompt.row.where, "problem": r.prompt.row.problem, "response": r.text, "reward": str(r.reward)}
                    for r in rollouts]  # fmt: skip
         end_step(folder, cfg, step, total, metrics, samples, accelerator)
+        clock = time.perf_counter()
     bar.close()
     with writing(folder):
         save_policy(policy, accelerator, model, folder)
@@ -1591,7 +1666,7 @@ def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> 
 
 def regrade(cfg: Config, data_path: str, folder: Path, accelerator: Accelerator) -> None:
     """Score the saved predictions again: after a change of the rules, the gold answers or --benchmark. Needs no model."""
-    rows, problems = load_rows(data_path, cfg.image_root, ("answer",), cfg.benchmark)
+    rows, problems = read_rows(data_path, cfg, ("answer",))
     stop_for_broken_rows(data_path, problems, cfg, accelerator)
     if accelerator.is_main_process:
         if cfg.skip_bad_rows:  # rows that were dropped when their pictures were opened
@@ -1755,7 +1830,7 @@ def allocate_adam(model, optimizer, cfg: Config) -> None:
 def print_projection(wall: dict, result: dict, cfg: Config, accelerator: Accelerator) -> None:
     """Hours of GRPO over all of --train_data, if it is there, into `result` and on the screen."""
     if os.path.isfile(cfg.train_data):
-        rows, problems = load_rows(cfg.train_data, cfg.image_root)
+        rows, problems = read_rows(cfg.train_data, cfg)
         stop_for_broken_rows(cfg.train_data, problems, cfg, accelerator)
         steps = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
         result["hours"] = round(steps * sum(wall.values()) / 3600, 2)
@@ -1927,7 +2002,7 @@ OUT_OF_MEMORY = {  # what to lower, by the function that memory ran out in
     "score_rollouts": "the reward: --clip_device cpu keeps CLIP off the GPU",
     "rollout_logprobs": "the reference's log-probs: lower --micro_batch_size, then --max_new_tokens and --max_pixels",
     "optimizer_step": "the update: lower --micro_batch_size, then --max_new_tokens (warm-up: --max_sft_length) and --max_pixels",
-    "save_checkpoint": "writing a checkpoint: raise --checkpoint_every, or free memory of the machine",
+    "save_checkpoint": "writing a checkpoint: raise --checkpoint_minutes, or free memory of the machine",
 }  # fmt: skip
 
 
@@ -2255,6 +2330,13 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
     return step
 
 
+def checkpoint_due(folder: Path, cfg: Config, accelerator: Accelerator) -> bool:
+    """Whether --checkpoint_minutes have passed since the start or the last checkpoint; the first process decides for all."""
+    last = max(path.stat().st_mtime for path in (folder / "stage.json", *checkpoints(folder)))
+    due = not cfg.checkpoint_minutes or time.time() - last >= 60 * cfg.checkpoint_minutes
+    return bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
+
+
 def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
     """After each step, on all processes: stop if too many updates were skipped without a step free of them in between; a
     checkpoint if one is due, or if a signal has come, which then stops the run. samples(): what this process trained on."""
@@ -2269,7 +2351,7 @@ def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, sa
                            f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
     save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
     stop_if_asked(accelerator, save)
-    if cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total:
+    if step < total and checkpoint_due(folder, cfg, accelerator):
         save()
 
 

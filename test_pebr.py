@@ -1833,8 +1833,9 @@ FILES = {  # name of the file, its bytes or its maker; the message, or the qids 
     "byte order mark": ("rows.json", b"\xef\xbb\xbf[" + GOOD_ROW + b"]", ["1"]),
     "CRLF": ("rows.jsonl", GOOD_ROW + b"\r\n\r\n" + GOOD_ROW.replace(b'"1"', b'"2"') + b"\r\n", ["1", "2"]),
     "a text of 10 MB": ("rows.json", GOOD_ROW.replace(b"How many?", b"?" * 10**7), ["1"]),
-    "somebody else's summary.json beside it": ("rows.json", lambda path: (
-        Path(path).write_bytes(GOOD_ROW), Path(path).with_name("summary.json").write_text('[{"image_root": ')), ["1"]),
+    "a summary.json that names another image root beside it": ("rows.json", lambda path: (
+        Path(path).write_text(json.dumps({**ROW, "images": [pebr.__file__[1:]]})),
+        Path(path).with_name("summary.json").write_text('{"image_root": "/"}')), "(--image_root), or is no regular file"),
     "prompt: no UTF-8": ("prompt.txt", b"\xff{question}", "no text in UTF-8"),
     "prompt: no mark": ("prompt.txt", b"Look first.", "or it lacks the mark {question}"),
     "prompt: a directory": ("prompt.txt", os.mkdir, "no such file, or it lacks"),
@@ -1962,6 +1963,57 @@ def test_a_picture_is_read_as_people_see_it_or_says_why_not(name, tmp_path):
             data.load_image(str(path), 1, 10**6)
 
 
+def test_prompts_are_made_in_threads_while_the_batch_before_is_used(policy, cfg, toy, tmp_path, monkeypatch):
+    rows, _ = data.load_rows(str(toy / "train.json"))
+    opened, load = [], pebr.load_image
+    monkeypatch.setattr(pebr, "load_image", lambda path, *limits: opened.append(path) or load(path, *limits))
+    batches = [list(enumerate(rows * 20)), [(7, rows[0])], []]  # enough of them for two threads to meet in the tokenizer
+    ahead = pebr.prompts_ahead(policy, iter(batches), cfg)
+    prompts, end = next(ahead), time.monotonic() + 20
+    while len(opened) < len(batches[0]) + 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(opened) == len(batches[0]) + 1  # the second batch's picture, too, though nobody has asked for it
+    for prompt, (position, row) in zip(prompts, batches[0], strict=True):
+        alone = pebr.encode_prompt(policy, row, cfg, "{question}")
+        assert prompt.position == position and prompt.row is row and prompt.inputs.keys() == alone.inputs.keys()
+        assert all(torch.equal(prompt.inputs[name], alone.inputs[name]) for name in alone.inputs)
+    assert [[prompt.position for prompt in batch] for batch in ahead] == [[7], []]
+
+
+def test_a_picture_that_breaks_after_the_check_stops_the_run_with_its_row(toy, toy_run, tmp_path):
+    rows = json.loads((toy / "train.json").read_text())
+    (tmp_path / "toy").symlink_to(toy)
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "images": ["a.png"]} for row in rows]))
+    picture(tmp_path / "a.png")
+    argv = ["--stage", "reasoning", *SMALL, "--from_model", str(toy_run / "warmup"), "--from_data", str(tmp_path / "rows.json")]
+    run(tmp_path, *argv)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(SystemExit, match=r"rows.json row \d: picture .*a.png is not readable"):
+        run(tmp_path, *argv, "--overwrite")
+
+
+def test_a_row_is_checked_once_in_a_run_folder(policy, cfg, toy, tmp_path, accelerator, monkeypatch):
+    opened, load = [], pebr.load_image
+    monkeypatch.setattr(pebr, "load_image", lambda path, *limits: opened.append(path) or load(path, *limits))
+    picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (112, 112))
+    rows = [{**ROW, "qid": name, "images": [f"{name}.png"]} for name in "ab"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def opens(stage, path="rows.json", **limits):  # names of the pictures that a stage's check opens
+        opened.clear()
+        stage_cfg = pebr.resolve(stage, {"run_dir": str(tmp_path), "prompt_file": cfg.prompt_file, **limits})
+        assert len(pebr.checked_rows(str(tmp_path / path), stage_cfg, policy, accelerator, ("answer",))) == len(rows)
+        return "".join(sorted(Path(name).stem for name in opened))
+
+    assert opens("sample") == "ab" and opens("evaluate") == opens("perception") == opens("sample") == ""
+    long = len(pebr.encode_prompt(policy, data.load_rows(str(tmp_path / "rows.json"))[0][1], cfg, "{question}").inputs["input_ids"][0])
+    assert opens("reasoning", max_prompt_length=long - 1, max_pixels=3136) == "b"  # with sampling's larger picture too long
+    assert opens("sample", max_pixels=5_000_000) == "ab" and opens("sample", min_pixels=577) == "ab"
+    rows.append({**ROW, "qid": "c", "images": ["a.png"], "problem": "<image>How few?"})
+    (tmp_path / "more.json").write_text(json.dumps(rows))
+    assert opens("sample", "more.json") == "a"
+
+
 def test_the_papers_warmup_filters_drop_and_count(tmp_path):
     picture(tmp_path / "big.png", (28, 28)), picture(tmp_path / "low.png", (80, 27))
     row = lambda image, response: Row("", "", "q", "", [str(tmp_path / image)], response=response)
@@ -2025,7 +2077,7 @@ def wait_for(condition, process):
 
 def contents(run_dir):
     """{name: bytes} of what a run leaves, without clocks, paths and the toy world: the same for two runs with one seed."""
-    skipped = ("timing.jsonl", "stage.json", "run_config.json", "run.lock", "log.txt")
+    skipped = ("timing.jsonl", "stage.json", "run_config.json", "checked.json", "run.lock", "log.txt")
     files = [path for path in run_dir.rglob("*") if path.is_file() and path.name not in skipped]
     return {name: path.read_bytes() for path in files if not (name := str(path.relative_to(run_dir))).startswith("toy/")}
 
@@ -2039,7 +2091,7 @@ ALL = ("warmup", "sample", "perception", "reasoning", "evaluate")
 
 def stage_by_stage(run_dir, seed, steps):
     """Command lines of all stages. The untrained model gets nothing right, hence --from_data."""
-    base = ["--run_dir", run_dir, "--seed", seed, "--max_steps", steps, "--checkpoint_every", 1, *LONGER]
+    base = ["--run_dir", run_dir, "--seed", seed, "--max_steps", steps, "--checkpoint_minutes", 0, *LONGER]
     questions = ["--from_data", run_dir / "toy" / "train.json"]
     return [[*base, "--stage", stage, *(questions if stage in ("perception", "reasoning") else [])] for stage in ALL]
 
@@ -2112,7 +2164,7 @@ def test_a_signal_ends_the_step_in_hand_and_the_same_command_goes_on_to_the_same
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "toy").symlink_to(toy)
-    common = ["--stage", stage, *LONGER, "--max_steps", "12", "--checkpoint_every", "0"]
+    common = ["--stage", stage, *LONGER, "--max_steps", "12"]
     common += ["--from_model", str(toy_run / "warmup" if stage != "warmup" else toy / "model")]
     common += ["--from_data", str(toy / "train.json")] if stage == "perception" else []
     pebr.main(["--run_dir", str(tmp_path / "whole"), *common])
@@ -2165,7 +2217,7 @@ def test_handlers_are_those_from_before_when_main_is_done(toy_run):
 def interrupted(toy, toy_run, run_dir, *argv):
     """Perception, stopped after its fourth step as by a signal, with a checkpoint after each. Returns the command line."""
     (run_dir / "toy").symlink_to(toy)
-    command = ["--stage", "perception", *LONGER, "--max_steps", "6", "--checkpoint_every", "1", *argv,
+    command = ["--stage", "perception", *LONGER, "--max_steps", "6", "--checkpoint_minutes", "0", *argv,
                "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
     whole_step = pebr.log_step
 
@@ -2222,10 +2274,22 @@ def test_a_checkpoint_holds_the_random_states_and_loads_no_foreign_pickle(tmp_pa
     accelerator.free_memory()
 
 
+def test_checkpoints_are_due_by_the_clock(tmp_path, accelerator):
+    def due(name, minutes_old, minutes=15.0):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - 60 * minutes_old,) * 2)
+        return pebr.checkpoint_due(tmp_path, Config(checkpoint_minutes=minutes), accelerator)
+
+    assert not due("stage.json", 14) and due("stage.json", 16) and due("stage.json", 0, minutes=0.0)
+    due("stage.json", 99)
+    assert not due("checkpoint-3", 14) and due("checkpoint-3", 16)  # the last checkpoint counts
+    assert not due("stage.json", 1)  # or the start, where that was later
+
+
 @pytest.mark.parametrize("launcher", ["DDP", "FSDP2"])
 def test_two_processes_stop_together_and_the_run_goes_on_with_the_same_counts(launcher, toy, toy_run, tmp_path):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--run_dir", str(tmp_path), "--stage", "reasoning", *LONGER, "--max_steps", "16", "--checkpoint_every", "0",
+    argv = ["--run_dir", str(tmp_path), "--stage", "reasoning", *LONGER, "--max_steps", "16",
             "--from_model", str(toy_run / "warmup"), "--from_data", str(toy / "train.json")]  # fmt: skip
     command, env = (
         [*LAUNCHERS[launcher], pebr.__file__, *argv],
@@ -3397,6 +3461,7 @@ def run_script(tmp_path, launcher, *argv):
 
 
 DRIVER = """
+import os
 import sys
 import torch
 from torch.distributed.tensor import DTensor
@@ -3414,7 +3479,8 @@ def save_on_every_process(policy, accelerator, model, folder):
         open(f"{{folder}}/hours_to_wait", "w").write(str(hours))
     save(policy, accelerator, model, folder)
 pebr.save_policy = save_on_every_process
-pebr.main(sys.argv[1:])
+minutes = "9" if os.environ.get("RANK") == "1" else "0"  # of another clock: the first process decides for both
+pebr.main([*sys.argv[1:], "--checkpoint_minutes", minutes])
 """
 LAUNCHERS = {
     "one": [sys.executable],
@@ -3510,8 +3576,8 @@ def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, to
         "--stage",
         stage,
         *SMALL,
-        "--checkpoint_every",
-        "1",
+        "--checkpoint_minutes",
+        "0",
         "--from_model",
         str(toy_run / "warmup" if stage == "perception" else toy / "model"),
     ]
@@ -3581,12 +3647,12 @@ def test_resampling_replaces_groups_without_spread(policy, cfg, toy, accelerator
 
     monkeypatch.setattr(pebr, "score_rollouts", score)
     cfg = pebr.replace(cfg, stage="reasoning")
-    questions = dict(enumerate(rows[:3]))
-    rollouts, _ = pebr.collect_rollouts(policy, questions, rows[3:5], "", cfg, None, accelerator)
+    [prompts] = pebr.prompts_ahead(policy, [enumerate(rows[:3])], cfg)
+    rollouts, _ = pebr.collect_rollouts(policy, prompts, rows[3:5], "", cfg, None, accelerator)
     assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train3", "train4", "train2"]
     assert all(r.advantage != 0 for r in rollouts)
     rollouts, _ = pebr.collect_rollouts(
-        policy, questions, rows[3:5], "", pebr.replace(cfg, resample_rounds=0), None, accelerator
+        policy, prompts, rows[3:5], "", pebr.replace(cfg, resample_rounds=0), None, accelerator
     )
     assert [r.prompt.row.qid for r in rollouts[:: cfg.group_size]] == ["train0", "train1", "train2"]
     assert all(r.advantage == 0 for r in rollouts[: 2 * cfg.group_size])
@@ -4191,6 +4257,33 @@ def test_a_second_data_set_goes_through_all_stages_from_files(night_sky, toy, tm
     assert weights_of(tmp_path / "perception").keys() == weights_of(tmp_path / "reasoning").keys()
 
 
+@pytest.mark.parametrize("prompt_file", ["", "prompt.txt"])
+def test_warmup_and_sampling_ask_in_one_form_without_a_flag_for_it(prompt_file, night_sky, tmp_path, capsys):
+    prompt_file = str(night_sky / prompt_file) if prompt_file else ""
+    argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.json"),
+            "--mixed_precision", "no", "--max_new_tokens", "32", "--max_pixels", "3136", "--no-freeze_vision", "--no-gradient_checkpointing",
+            "--temperature", "0.7", "--prompt_file", prompt_file]  # fmt: skip
+    run(tmp_path, "--stage", "warmup", *argv, "--max_steps", "40", "--learning_rate", "3e-3", "--sft_batch_size", "9")
+    assert "  18 questions are put into the instruction, 0 have it already" in capsys.readouterr().out
+    run(tmp_path, "--stage", "sample", *argv)
+    assert json.loads((tmp_path / "sample" / "summary.json").read_text())["accuracy"] > 0.3
+    cfg = pebr.resolve("sample", pebr.parse_flags(argv))
+    policy, instruction = pebr.load_policy(cfg.model, cfg), pebr.read_instruction(cfg)
+    ids = lambda row: pebr.encode_prompt(policy, row, cfg, instruction).inputs["input_ids"][0].tolist()
+    prompts = [[ids(row) for row in data.load_rows(str(night_sky / name))[0]] for name in ("sft.json", "rl.json")]
+    assert {tuple(p) for p in prompts[0]} == {tuple(p) for p in prompts[1]}  # token by token
+
+
+def test_a_question_that_holds_the_instruction_is_not_put_into_it_again():
+    asked = data.INSTRUCTION.replace("{question}", "How many?")
+    assert data.in_instruction("How many?", data.INSTRUCTION) == data.in_instruction(asked, data.INSTRUCTION) == asked
+    other = "How many? " + " ".join(re.findall("###[^:\n]*", data.INSTRUCTION))  # in other words, under the same headings
+    assert data.in_instruction(other, data.INSTRUCTION) == other
+    assert data.in_instruction("Why?", "{question} Be brief.\n") == "Why? Be brief.\n"
+    assert data.in_instruction("Why? Be brief.", "{question} Be brief.\n") == "Why? Be brief."
+    assert data.in_instruction("Why?", "{question}") == "Why?"
+
+
 def test_warmup_on_hard_cases_keeps_what_the_base_model_gets_wrong(night_sky, tmp_path, accelerator):
     argv = ["--model", str(night_sky / "model"), "--train_data", str(night_sky / "rl.json"), "--sft_data", str(night_sky / "sft.json"),
             "--mixed_precision", "no", "--max_new_tokens", "8", "--group_size", "2", "--max_pixels", "10000", "--no-freeze_vision"]  # fmt: skip
@@ -4350,7 +4443,7 @@ def train_with_pebr(folder, steps, max_new_tokens):
     pebr.main(["--stage", "reasoning", "--run_dir", f"{folder}/run{steps}", "--model", f"{folder}/model", "--from_model", f"{folder}/model",
                "--train_data", f"{folder}/rl.json", "--from_data", f"{folder}/rl.json", "--prompt_file", f"{folder}/prompt.txt", "--max_steps", steps,
                "--threads", "1", "--mixed_precision", "no", "--no-gradient_checkpointing", "--rollout_batch_size", "4", "--update_batch_size", "4",
-               "--micro_batch_size", "8", "--max_new_tokens", max_new_tokens, "--max_pixels", "2000000", "--checkpoint_every", "0", "--overwrite"])  # fmt: skip
+               "--micro_batch_size", "8", "--max_new_tokens", max_new_tokens, "--max_pixels", "2000000", "--overwrite"])  # fmt: skip
     print_cost(clocks)
 
 
