@@ -115,19 +115,38 @@ def length_reward(num_tokens: int) -> float:
 
 
 def key_tokens(text: str) -> list[str]:
-    """Words, numbers and signs, in one spelling: any case, 1,000 and 3.0 as 1000 and 3, "two" to "twelve" as 2 to 12.
+    """Words, numbers and signs, in one spelling but for case: 1,000 and 3.0 as 1000 and 3, "two" to "twelve" as 2 to 12,
+    "3cm" as 3 cm, "percent" as %.
 
-    "one" stays a word: in "the one on the left" it is no number. A single letter (a point in geometry) keeps its case.
+    "one" stays a word: in "the one on the left" it is no number.
     """
-    tokens = regex.findall(r"\p{Han}|\d++(?:[.,]\d++)*+[\w--\p{Han}]*|[\w--\p{Han}]+|\S", text, regex.VERSION1)
-    tokens = [token if len(token) == 1 else token.casefold() for token in tokens]
+    text = regex.sub(r"\bper\s?cent\b", "%", text, flags=regex.IGNORECASE)
+    found = regex.findall(r"\p{Han}|\d++(?:[.,]\d++)*+[\w--\p{Han}]*|[\w--\p{Han}]+|\S", text, regex.VERSION1)
+    tokens = []
+    for token in found:
+        unit = regex.sub(r"^[\d.,]+", "", token)
+        apart = token[0].isdigit() and (unit in UNITS or unit.removesuffix("s") in UNITS)
+        tokens += [token.removesuffix(unit), unit] if apart else [token]
     tokens = [regex.sub(r",(?=\d{3}(?!\d))|\.0+$", "", token) if token[0].isdigit() else token for token in tokens]
-    return [str(NUMBER_WORDS[token]) if 2 <= NUMBER_WORDS.get(token, 0) <= 12 else token for token in tokens]
+    return [str(NUMBER_WORDS[t.casefold()]) if 2 <= NUMBER_WORDS.get(t.casefold(), 0) <= 12 else t for t in tokens]
+
+
+def ignore_case(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Without case, except a single letter that is all there is: point A of a figure is no article."""
+    return tokens if len(tokens) == 1 and len(tokens[0]) == 1 else tuple(token.casefold() for token in tokens)
+
+
+def singulars(tokens: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The phrase, and what may be its singular: "cherries" may be cherry, "buses" bus or buse."""
+    last, words = tokens[-1], {tokens[-1]}
+    if len(last) > 3 and regex.search(r"[^s]s$", last):
+        words |= {last[:-1], last.removesuffix("es"), regex.sub(r"ies$", "y", last)}
+    return {(*tokens[:-1], word) for word in words}
 
 
 def keyword_set(keywords: list[str]) -> frozenset[tuple[str, ...]]:
     """Keywords as token tuples, for `keyword_reward`'s vocabulary."""
-    return frozenset(tuple(key_tokens(keyword)) for keyword in keywords)
+    return frozenset(ignore_case(tuple(key_tokens(keyword))) for keyword in keywords)
 
 
 @functools.lru_cache(maxsize=1)
@@ -137,26 +156,23 @@ def longest(vocabulary: frozenset[tuple]) -> int:
 
 def phrases(text: str, most: int) -> set[tuple[str, ...]]:
     """All runs of up to `most` tokens; the last word also without its plural ending."""
-    tokens = key_tokens(text)
-    runs = set()
+    tokens, runs = key_tokens(text), set()
     for end in range(1, len(tokens) + 1):
-        last = tokens[end - 1]
         for start in range(max(0, end - most), end):
-            for word in (last, last.removesuffix("s"), last.removesuffix("es")) if len(last) > 3 else (last,):
-                runs.add((*tokens[start : end - 1], word))
+            runs |= singulars(ignore_case(tuple(tokens[start:end])))
     return runs
 
 
 def keyword_reward(description: str, key_words: list[str], vocabulary: frozenset = frozenset()) -> float:
     """Share of the reference keywords that the image description names (paper, stage 1). [1]
 
-    A keyword is met as a whole word or phrase, in any case, or its plural; "3" by 3 and by three, not by 13 or 3.5.
+    A keyword is met as a whole word or phrase, in any case, singular or plural; "3" by 3 and by three, not by 13 or 3.5.
     With a vocabulary (`keyword_set` of all rows' keywords; --keyword_precision) it is the F-score of that share and of
     precision: of the vocabulary's keywords that the description names, how many are in or part of a reference keyword.
     """
-    wanted = [tuple(key_tokens(keyword)) for keyword in key_words]
+    wanted = [ignore_case(tuple(key_tokens(keyword))) for keyword in key_words]
     named = phrases(description, max(*map(len, wanted), longest(vocabulary)))
-    right = sum(keyword in named for keyword in wanted)
+    right = sum(bool(singulars(keyword) & named) for keyword in wanted)
     if not right or not vocabulary:
         return right / len(wanted)
     allowed = set().union(*(phrases(keyword, len(tokens)) for keyword, tokens in zip(key_words, wanted)))
@@ -176,7 +192,7 @@ MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_EXPONENT, MAX_VALUE = 400, 30, 4000, 400, 10
 BALANCED = r"(?P<group>[(\[{](?:[^()\[\]{}]++|(?&group))*+[)\]}])"
 
 
-def rules(*pairs: tuple[str, str]) -> list:
+def rules(*pairs: tuple[str, str | Callable]) -> list:
     return [(regex.compile(pattern, regex.IGNORECASE | regex.DOTALL), replacement) for pattern, replacement in pairs]
 
 
@@ -200,14 +216,14 @@ COMMANDS = {name: spelling for spelling, names in {
 }.items() for name in names.split()}
 UNWRAP = rules(
     (r"\x0crac", r"\\frac"),  # a "\f" that became a form feed, in a benchmark's gold
-    (r"\\[!()\[\]]|`|\{\}", ""), (r"\\[,;: ]|~|\\\\", " "), (r"\\([%#&{}])", r"\1"), (r"\{,\}", ","),
-    (r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|operatorname|overline(?=\s*\{\s*\p{L}))\s*(\{((?:[^{}]++|(?1))*+)\})", r" \2 "),
+    (r",\\!\s*", ","), (r"\\[!()\[\]]|`|\{\}", ""), (r"\\[,;: ]|~|\\\\", " "), (r"\\([%#&{}])", r"\1"), (r"\{,\}", ","),
+    (r"\\(?:boxed|fbox|mbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|operatorname|overline(?=\s*\{\s*\p{L}))\s*(\{((?:[^{}]++|(?1))*+)\})", r" \2 "),
     (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\binf(?:inity)?\b", "∞"), (r"(?<!\p{L})pi(?!\p{L})", "π"), (r"(?<!\p{L})sqrt", "√"),
     (r"\^\s*(?:[°o](?!\w)|\{\s*[°o]\s*\})|\{?\bdeg(?:rees?)?\b\}?|度|掳|º", "°"),
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),  # 1.2 x 10^3
     (r"(?<![\w)*])(\*{1,2}|__)(?=\S)([^*]+)(?<=\S)\1(?![\w(*])", r"\2"), (r"</?(?:\p{L}{2,9}|[bi])>", ""),  # *5*, **5**, <b>5</b>
     (r"(\d[^()]*?)\s*\((?=[^()]*\p{L}{3})(?=[^()]*\s)(?![^()]*\b(?:or|not)\b)[^()]*\)$", r"\1"),  # 5 (since 2 + 3 = 5)
-    (r"^\s+|\s+$|(?<=.)[\s.,;:]+$|^[#>]+\s+|^=\s*(?=\S)", ""), (r"^([\"'])(.*)\1$", r"\2"),
+    (r"^\s+|\s+$|(?<=.)[\s.,;:]+$|^#+\s+|^=\s*(?=\S)", ""), (r"^([\"'])(.*)\1$", r"\2"),
     (r"^(?:so|thus|hence|therefore)\b,?\s+(?=\S)|^(?:approximately|approx\.?|about|around|roughly|≈)(?=\W*\d)", ""),
     (r"^(?:(?:the\s+)?(?:(?:final|correct|right)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?|答案|选项?)\s*[:为是]*\s*(?=\S)", ""),
 )
@@ -217,6 +233,7 @@ UNWRAP = rules(
 @functools.lru_cache(maxsize=4096)
 def unwrap(text: str) -> str:
     """One spelling for each sign; without markdown, LaTeX wrappers, a lead-in and final punctuation."""
+    text = regex.sub(r"\\{2,}(?=\p{L}{2}|[()\[\]{}!,;:%$])", r"\\", text)  # escaped twice
     text = regex.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
     text = unicodedata.normalize("NFKC", regex.sub(r"(?<=\d)(?=\p{No})", " ", text))  # 1½ is "1 1/2"
     text = text.translate(SIGNS_ALIKE).replace("\\$", "¤")
@@ -238,10 +255,18 @@ TOKEN = regex.compile(
     r"|(?P<name>\\[a-z]+|[a-zΑ-ω](?:_(?:\w|\(\w{1,9}\)))?)|(?P<close>\))|(?P<open>\()|(?P<operator>\*\*|[-+*/^,]))",
     regex.IGNORECASE,
 )
+
+
+def mixed_number(match) -> str:
+    """1 1/2 as (3/2): one number, not a sum that is still to be computed"""
+    whole, numerator, denominator = (int(part) for part in match.groups() if part)
+    return f"({whole * denominator + numerator}/{denominator})"
+
+
 INFIX = rules(  # LaTeX from the inside out; first of all mixed numbers, 1 1/2 and 1\frac{1}{2}
     (
         r"(?<![\d.^/_}])(\d+)(?:\s+(\d+)\s*/\s*(\d+)(?!\d)|\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d)))",
-        r"(\1+\2\4\5/\3\6\7)",
+        mixed_number,
     ),
     (r"√\s*(?:\[(\d)\])?\s*(?:\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zπ]))", r" root((\2\3),(0\1)) "),
     (r"\\frac\s*(?:\{([^{}]*)\}|(\d|π))\s*(?:\{([^{}]*)\}|(\d|π|[a-z]))", r" ((\1\2)/(\3\4)) "),
@@ -296,8 +321,22 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
               "root": root, "abs": abs, "sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log}  # fmt: skip
 
 
-def evaluate(tree: tuple[ast.expr, list], names: dict):
-    """The value where the names have these values: a Fraction, or a float after a root, π or a function. Raises NotMath."""
+def left_open(node: ast.BinOp, left, right) -> bool:
+    """Whether a step of two rational numbers is still to be computed: 6*7, 3+4, 84/2. Fractions, powers and 1.2 * 10^3 are
+    numbers as they stand, and so are multiples of a root or π."""
+    if isinstance(node.op, ast.Pow) or not isinstance(left, Fraction) or not isinstance(right, Fraction):
+        return False
+    if isinstance(node.op, ast.Div):
+        return right != 0 and (left / right).denominator == 1
+    power_of_ten = isinstance(node.right, ast.BinOp) and isinstance(node.right.op, ast.Pow) and str(right).strip("0") in ("1", "1/1")
+    return not (isinstance(node.op, ast.Mult) and power_of_ten and not isinstance(node.left, ast.BinOp))
+
+
+def evaluate(tree: tuple[ast.expr, list], names: dict, open_steps: list | None = None):
+    """The value where the names have these values: a Fraction, or a float after a root, π or a function. Raises NotMath.
+
+    open_steps: takes up the steps that are `left_open`.
+    """
     expression, leaves = tree
 
     def value(node, depth):
@@ -309,7 +348,10 @@ def evaluate(tree: tuple[ast.expr, list], names: dict):
         elif isinstance(node, ast.UnaryOp):
             result = OPERATIONS[type(node.op)](value(node.operand, depth + 1))
         elif isinstance(node, ast.BinOp):
-            result = OPERATIONS[type(node.op)](value(node.left, depth + 1), value(node.right, depth + 1))
+            left, right = value(node.left, depth + 1), value(node.right, depth + 1)
+            result = OPERATIONS[type(node.op)](left, right)
+            if open_steps is not None and left_open(node, left, right):
+                open_steps.append(node)
         elif isinstance(node, ast.Call):
             result = OPERATIONS[node.func.id](*[value(part, depth + 1) for part in node.args])
         else:
@@ -331,11 +373,13 @@ NUMBER_WORDS = {word: n for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split())}
 NUMBER_WORDS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = {name: names.split()[0] for names in (
-    "cm centimeter centimetre 厘米|m meter metre 米|km kilometer kilometre 千米 公里|mm millimeter millimetre 毫米|in inch|ft foot feet"
-    "|mi mile|yd yard|kg kilogram 千克 公斤|g gram 克|mg milligram|lb pound|oz ounce|l liter litre 升|ml milliliter millilitre 毫升"
-    "|s sec second 秒|min minute 分钟|h hr hour 小时|day 天|year yr 年|¤ dollar usd 美元|€ euro eur|¥ yuan rmb 元|/ per|* *"
-).split("|") for name in names.split()} | {"/": "/"}
+UNITS = {name: (unit, Fraction(scale)) for line in (  # spelling: (basic unit, its multiple)
+    "m 0.01: cm centimeter centimetre 厘米|m 1: m meter metre 米|m 1000: km kilometer kilometre 千米 公里|m 0.001: mm millimeter millimetre 毫米"
+    "|m 0.0254: in inch|m 0.3048: ft foot feet|m 0.9144: yd yard|m 1609.344: mi mile|g 1000: kg kilogram 千克 公斤|g 1: g gram 克"
+    "|g 0.001: mg milligram|g 453.59237: lb pound|g 28.349523125: oz ounce|m^3 0.001: l liter litre 升|m^3 0.000001: ml milliliter millilitre 毫升"
+    "|s 1: s sec second 秒|s 60: min minute 分钟|s 3600: h hr hour 小时|day 1: day 天|year 1: year yr 年|¤ 1: ¤ dollar usd 美元|€ 1: € euro eur"
+    "|¥ 1: ¥ yuan rmb 元|/ 1: / per|* 1: *"
+).split("|") for unit, scale, *names in [line.replace(":", "").split()] for name in names}
 # fmt: on
 NO_UNIT = set(
     "or and not to of but if is are was than the there that this then so with by for at on out left right more less maybe".split()
@@ -348,30 +392,40 @@ class Quantity:
     value: Fraction | float
     step: Fraction  # the weight of a decimal's last digit; 0: exact
     percent: bool
-    unit: str
+    unit: str  # in basic units: km/h is m/s
+    scale: Fraction | int  # how many of these it is
+    open: bool  # whether steps are left to be computed
 
 
-def unit_name(text: str, apart: bool) -> str:
-    """One spelling of a unit: "meters per second" is m/s. Raises NotMath for what may be a variable (2x) or a sentence."""
+def unit_name(text: str, apart: bool, exponent: str = "") -> tuple[str, Fraction | int]:
+    """(basic unit, how many of it) of a unit: "kilometers per hour" is m/s, times 1000/3600. Raises NotMath for what may be a
+    variable (2x) or a sentence."""
     text, square = regex.subn(r"^\s*(?:square|sq\b\.?)", "", text.casefold())
     text, cubic = regex.subn(r"^\s*cubic\b", "", text)
-    names = []
+    exponent = "2" * square or "3" * cubic or exponent or ""
+    names = []  # (basic unit, its multiple)
     for word in regex.findall(r"[°/*]|\p{L}+", text):
-        known = next((UNITS[w] for w in (word, word.removesuffix("s"), word.removesuffix("es")) if w in UNITS), "")
-        likely = known or word == "°" or "°" in names or len(word) > 2 and apart or regex.match(r"\p{Han}", word)
-        if word in NO_UNIT or not likely or (known in ("s", "h") and not apart):
+        known = next((UNITS[w] for w in (word, word.removesuffix("s"), word.removesuffix("es")) if w in UNITS), None)
+        likely = known or word == "°" or ("°", 1) in names or len(word) > 2 and apart or regex.match(r"\p{Han}", word)
+        if word in NO_UNIT or not likely or (known in (UNITS["s"], UNITS["h"]) and not apart):
             raise NotMath(word)
-        names.append(known or word.removesuffix("s"))
-    names = names if {"/", "*", "°"} & set(names) else names[:1]  # "years old" are years
-    return "".join(names).removeprefix("unit") + "^2" * square + "^3" * cubic
+        names.append(known or (word.removesuffix("s"), 1))
+    joined = {"/", "*", "°"} & {name for name, _ in names}
+    names = names if joined else names[:1]  # "years old" are years
+    scale = Fraction(1)
+    for i, (name, multiple) in enumerate(names):
+        multiple = Fraction(multiple) ** int(exponent or 1) if i == len(names) - 1 else Fraction(multiple)
+        scale = scale / multiple if i and names[i - 1][0] == "/" else scale * multiple
+    return "".join(name for name, _ in names).removeprefix("unit") + (f"^{exponent}" if exponent else ""), scale
 
 
 def amount(text: str) -> tuple:
-    """(value, step) of a number without a unit; see Quantity"""
-    text = without_thousands(text.strip())
+    """(value, step, open) of a number without a unit; see Quantity"""
+    text, open_steps = without_thousands(text.strip()), []
     text = text.replace(",", ".") if regex.fullmatch(r"[-+]?(?:\d+,\d{1,2}|0,\d+)", text) else text
     decimal = regex.fullmatch(r"[-+]?\s*\d*\.(\d+)", text)
-    return evaluate(parse(text), {"π": math.pi}), Fraction(1, 10 ** len(decimal[1])) if decimal else Fraction(0)
+    value = evaluate(parse(text), {"π": math.pi}, open_steps)
+    return value, Fraction(1, 10 ** len(decimal[1])) if decimal else Fraction(0), bool(open_steps)
 
 
 def without_thousands(text: str) -> str:
@@ -382,7 +436,7 @@ def without_thousands(text: str) -> str:
 
 def quantity(text: str) -> Quantity:
     """A number in any spelling, as an exact value where it has one. Raises NotMath."""
-    unit, magnitude = "", 1
+    unit, scale, magnitude = "", 1, 1
     if money := regex.match(r"([-+]?)\s*([¤€£¥])", text):
         text, unit = money[1] + text[money.end() :], money[2]
     words = regex.match(r"(\p{L}+)(?:[- ](\p{L}+))?", text.casefold())
@@ -393,21 +447,22 @@ def quantity(text: str) -> Quantity:
         text, magnitude = scaled[1] + scaled[3], MAGNITUDES[scaled[2].casefold()]
     text, percent = regex.subn(r"\s*(?:%|\bper\s?cent|\bpct)$", "", text)
     try:
-        value, step = amount(text)
+        value, step, left_to_do = amount(text)
     except NotMath:
         match = WITH_UNIT.fullmatch(text)
         if not match:
             raise
-        value, step = amount(match[1])
-        unit = unit_name(match[3], bool(match[2])) + (f"^{match[4]}" if match[4] else "")
-    return Quantity(value * magnitude, step * magnitude, bool(percent), unit)
+        value, step, left_to_do = amount(match[1])
+        unit, scale = unit_name(match[3], bool(match[2]), match[4])
+    return Quantity(value * magnitude, step * magnitude, bool(percent), unit, scale, left_to_do)
 
 
 def same_quantity(answer: Quantity, gold: Quantity) -> bool:
-    """Equal, or equal as far as the coarser of the two is written; a unit may be missing but not different."""
-    if len({each.unit or "%" * each.percent for each in (answer, gold)} - {""}) > 1:
+    """Equal, or equal as far as the coarser of the two is written. A unit may be missing, and another one of its kind (50 cm for
+    0.5 m). An answer whose last step is left to be computed is not the number, unless the gold is written like that."""
+    if answer.open and not gold.open or len({each.unit or "%" * each.percent for each in (answer, gold)} - {""}) > 1:
         return False
-    scales = [(1, 1)]
+    scales = [(answer.scale, gold.scale)] if answer.unit and gold.unit else [(1, 1)]
     if answer.percent != gold.percent:  # 25% is 25, and 0.25
         scales.append((Fraction(1, 100), 1) if answer.percent else (1, Fraction(1, 100)))
     for scale, gold_scale in scales:
@@ -440,6 +495,18 @@ def sequence(text: str) -> tuple[str, str, list[str]] | None:
         text = without_thousands(text)
     items = [m[0].strip() for m in regex.finditer(rf"(?:[^{marks}()\[\]{{}}]++|{BALANCED})+", text)]
     return (opening, closing, items) if len(items) > 1 else None
+
+
+def interval(text: str) -> tuple[str, str, list[str]] | None:
+    """The same of an inequality in one name: x > 3 is (3, ∞), -1 < x ≤ 3 is (-1, 3]; None for another text."""
+    sides, signs = RELATION.split(text)[::2], RELATION.findall(text)
+    if signs and all(sign in MIRRORED for sign in signs):  # > and ≥
+        sides, signs = sides[::-1], [MIRRORED[sign] for sign in signs[::-1]]
+    at = next((i for i, side in enumerate(sides) if regex.fullmatch(r"\s*\p{L}\s*", side)), None)
+    if at is None or not set(signs) <= {"<", "≤"} or (len(sides), at) not in ((2, 0), (2, 1), (3, 1)):
+        return None
+    below, above = ((sides[at - 1], signs[at - 1]) if at else ("-∞", "<")), ((sides[at + 1], signs[at]) if signs[at:] else ("∞", "<"))
+    return "[(" [below[1] == "<"], "])"[above[1] == "<"], [below[0], above[0]]
 
 
 def same_sequence(answer, gold, depth: int) -> bool:
@@ -590,8 +657,11 @@ def same(answer: str, gold: str, depth: int = 0) -> bool:
         said = SAID.fullmatch(answer)
         return bool(said) and YES[said[1].casefold()] == YES[gold.casefold()]
     if several := sequence(gold):
-        ours = sequence(answer) or sequence(label(answer)[1])
+        ours = sequence(answer) or sequence(label(answer)[1]) or interval(answer)
         return bool(ours) and same_sequence(ours, several, depth)
+    bounds, ours = interval(gold), sequence(label(answer)[1])
+    if bounds and ours and ours[0]:
+        return same_sequence(ours, bounds, depth)
     (answer_label, answer_body), (gold_label, gold_body) = label(answer), label(gold)
     if answer_label or gold_label:
         initials = len({answer_label[:1], gold_label[:1]}) == 1 and min(len(answer_label), len(gold_label)) == 1

@@ -221,7 +221,15 @@ def test_sections_are_parsed_once_and_in_order(text, description, answer, well_f
         ("3 dots", ["three dots"], 1),
         ("the one on the left", ["1"], 0),  # "one" is mostly a pronoun
         ("1,000 people, 3.0 m", ["1000", "3"], 1),  # numbers as numbers
-        ("a 3cm line", ["3"], 0),
+        ("a 3cm line", ["3", "3 cm"], 1),  # a unit may stand close to its number or apart
+        ("a line of 3 cm", ["3cm"], 1),
+        ("13cm and 3.5cm", ["3 cm", "3"], 0),
+        ("30% and 40 percent", ["30 percent", "40%", "0%"], 2 / 3),
+        ("The X-axis and A dog", ["x-axis", "a dog"], 1),  # only a keyword of one letter keeps its case
+        ("X-axis", ["x"], 0),
+        ("a bus, some cherries and a dog", ["buses", "cherry", "dogs"], 1),  # plural either way
+        ("buses, a cherry and dogs", ["bus", "cherries", "dog"], 1),
+        ("a princess", ["princes"], 0),
         ("三角形在左边", ["三角形"], 1),  # no white space between words
     ],
 )
@@ -494,6 +502,10 @@ ALSO_SAME = [
     ("6 to 8", "3:4"), ("3/4", "3:4"), ("Yes, it is.", "yes"), ("选B", "B"), ("B. 24", "B"), ("the dogs", "dog"), ("５０％", "50%"), ("118°T", "118掳T"),
     ("5 = x", "5"), ("= 5", "5"), ("__5__", "5"), ("<b>5</b>", "5"), ("3:30 p.m.", "3:30 PM"), ("60^{o}", "60°"), ("B is correct.", "B"),
     ("x_1=1, x_2=2", "1, 2"), (r"\overline{AB}=5", "5"), (r"m\angle ABC = 60^\circ", "60"), ("-inf", r"-\infty"), ("green-line", "green line"),
+    ("50 cm", "0.5 m"), ("0.5 m", "50 cm"), ("1.5 h", "90 min"), ("36 km/h", "10 m/s"), ("0.5 m²", "5000 cm²"), ("2 liters", "2000 cm^3"), ("3 ft", "36 in"),
+    ("x > 3", "(3, ∞)"), (r"x \in (3, \infty)", "x > 3"), ("-1 < t ≤ 3", "(-1, 3]"), ("3 ≥ x", r"(-\infty, 3]"), ("x<-1 or x>1", r"(-∞,-1) \cup (1,∞)"),
+    (r"\textnormal{5}", "5"), (r"11,\! 111", "11111"), (r"\\frac{1}{2}", "1/2"), (r"\\(\\text{5}\\)", "5"), (r"\\{1,2\\}", "{1,2}"),
+    ("6*7", "6 \\times 7"), ("42", "6*7"), ("2*21", "6*7"), ("14/4", "3.5"), ("-1.2*10^3", "-1200"), ("2+√3", "√3+2"), ("2(1+√3)", "2+2√3"), ("> 15", ">15"),
     ("9" * 1_000, "9" * 1_000),
 ]
 ALSO_OTHER = [
@@ -504,6 +516,9 @@ ALSO_OTHER = [
     ("B, C", "B"), ("(B) or (C)", "B"), ("Yes or no", "yes"), ("Yes, no", "yes"), ("No idea", "no"), ("1/0", "0"), ("0.25%", "25%"),
     ("100000000001", "100000000000"), ("The grass is blue", "The sky is blue"), ("__import__('os').system('false')", "0"), ("nan", "nan"),
     ("3:30 AM", "3:30 PM"), ("x<5", "5"), ("AB=5", "CD=6"), ("B is wrong, C is right", "B"), ("883.6", "883.57"), ("10%", "10°"),
+    ("> 15", "15"), ("15", "> 15"), ("≥ 15", "15"), ("6*7", "42"), (r"6 \times 7", "42"), ("2(21)", "42"), ("40+2", "42"), ("84/2", "42"), ("x = 6*7", "42"), ("6*7 cm", "42 cm"),
+    ("1+1/2", "1.5"), ("2*3/4", "3/2"), ("(6*7, 1)", "(42, 1)"), ("50 cm", "5 m"), ("50 cm", "0.5 m²"), ("50 cm", "0.5 kg"), ("36 km/h", "36 m/s"), ("x ≥ 3", "(3, ∞)"),
+    ("x < 3", "(3, ∞)"), ("(3, 5)", "x > 3"), (r"(3, \infty)", "x < 3"),
     ("9" * 1_001, "9" * 1_000),
 ]
 # fmt: on
