@@ -7,7 +7,7 @@ a second data set that is not the toy. No network, no GPU, deterministic.
 import base64
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 import csv
 from fractions import Fraction
 import io
@@ -4080,19 +4080,20 @@ SHAPES = {  # text, vision, sections of the rotary embedding, standard deviation
            dict(hidden_size=1280, intermediate_size=3420, depth=32, fullatt_block_indexes=[7, 15, 23, 31]),
            [16, 24, 24], 0.02, 151_936),
     "toy": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
-            dict(hidden_size=64, intermediate_size=128, depth=2, fullatt_block_indexes=[1]), [2, 3, 3], 0.1, 1000),
+            dict(hidden_size=64, intermediate_size=128, depth=2, fullatt_block_indexes=[1]),
+            [2, 3, 3], 0.1, 1000),
 }  # fmt: skip
 
 
 def build_policy(shape: str, device) -> pebr.Policy:
-    """Qwen2.5-VL of this shape with random weights, made on the device: nothing goes through disk or CPU memory."""
+    """Qwen2.5-VL of this shape with random weights, made on the device, past disk and CPU memory."""
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
     processor = data.toy_processor(["user", "assistant", *(f"w{i}" for i in range(100))])
     text, vision, sections, std, words = SHAPES[shape]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     text = dict(text, vocab_size=words, num_key_value_heads=2, rope_parameters=rope, initializer_range=std)
-    vision = dict(vision, num_heads=text["num_attention_heads"], out_hidden_size=text["hidden_size"], window_size=112)
+    vision = dict(vision, num_heads=16 if shape == "3B" else 4, out_hidden_size=text["hidden_size"], window_size=112)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     marks = dict(zip(names, processor.tokenizer.convert_tokens_to_ids(marks)))
@@ -4137,8 +4138,9 @@ def gpu_setup(precision: str, **settings):
     from accelerate import Accelerator
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    settings = dict(mixed_precision=precision, kl_coef=0.0, group_size=8, temperature=1.0, generate_batch_size=1024) | settings
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision), pebr.Config("reasoning", **settings)
+    settings = dict(kl_coef=0.0, group_size=8, temperature=1.0, generate_batch_size=1024) | settings
+    cfg = pebr.Config("reasoning", mixed_precision=precision, **settings)
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision), cfg
 
 
 def timed(work):
@@ -4156,32 +4158,35 @@ def rollout(policy: pebr.Policy, prompts: list, C: int, cfg, accelerator) -> lis
 
 
 def time_rollout(policy: pebr.Policy, prompts: list, C: int, cfg, accelerator):
-    """(seconds, GiB, bytes to read, figures): G rollouts to each prompt, none of which ends before C tokens."""
+    """(seconds, GiB, bytes to read, figures): G rollouts to each prompt, all of C tokens."""
     policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
     rollouts, seconds, gib = timed(lambda: rollout(policy, prompts, C, cfg, accelerator))
     assert {len(r.tokens) for r in rollouts} == {C}
     text, T = policy.model.config.text_config, prompts[0].inputs["input_ids"].shape[1]
-    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads  # bytes a token
-    weights = 2 * sum(p.numel() for p in policy.model.get_decoder().parameters())  # bytes; the embedding is the head, too
-    # Each step must read all weights, every prompt's keys and values once, and those of every response so far.
+    # Bytes in bf16, of a token's keys and values and of the weights; the embedding is the head, too.
+    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    weights = 2 * sum(p.numel() for p in policy.model.get_decoder().parameters())
+    # Each step must read the weights, every prompt's keys and values once, and those of every response.
     must_read = sum(weights + kv * (len(prompts) * T + len(rollouts) * step) for step in range(1, C))
     forward = torch.cat(pebr.rollout_logprobs(policy, rollouts[:16], cfg, accelerator))
-    gap = (forward - torch.cat([r.old_logprobs for r in rollouts[:16]])).abs()  # sampler against training forward
+    gap = (forward - torch.cat([r.old_logprobs for r in rollouts[:16]])).abs()
     return seconds, gib, must_read, {"sampler_gap": float(gap.mean()), "largest log ratio": float(gap.max())}
 
 
 def time_update(policy: pebr.Policy, prompts: list, C: int, cfg, accelerator):
-    """(seconds, GiB, FLOPs, figures): one update on G random responses of C tokens to each prompt. With plain SGD: Adam's
-    two states would take 28 GiB more for the 3B."""
-    model, seen, rollouts = policy.model, Counter(), random_rollouts(prompts, [C] * cfg.group_size * len(prompts))
+    """(seconds, GiB, FLOPs, figures): one update on G random responses of C tokens to each prompt. It is plain SGD's:
+    Adam's two states would take 28 GiB more for the 3B."""
+    rollouts = random_rollouts(prompts, [C] * cfg.group_size * len(prompts))
+    model, seen = policy.model, Counter()
     optimizer = accelerator.prepare(torch.optim.SGD(policy.parameters(), lr=1e-6))
-    count = lambda _, args, inputs: seen.update(tokens=inputs["input_ids"].numel(), patches=len(inputs["pixel_values"]))
+    count = lambda _, args, x: seen.update(tokens=x["input_ids"].numel(), patches=len(x["pixel_values"]))
     hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    _, seconds, gib = timed(lambda: pebr.update_policy(rollouts, policy.train(), optimizer, cfg, accelerator, False))
+    policy.train()
+    _, seconds, gib = timed(lambda: pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, False))
     hook.remove()
     parts = model.get_decoder().layers, model.base_model.visual, model.get_output_embeddings()
     layers, vision, head = (sum(p.numel() for p in part.parameters()) for part in parts)
-    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own products are left out.
+    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own are left out.
     flops = 8 * (layers * seen["tokens"] + vision * seen["patches"] + head * C * len(rollouts))
     return seconds, gib, flops, {"processed tokens": seen["tokens"], "patches": seen["patches"]}
 
@@ -4217,14 +4222,14 @@ def gpu_float32(tiny: bool) -> None:
         show(what, lambda: {"largest difference": largest, "over the largest value": largest / scale})
 
 
-FSDP_FLAGS = """--stage reasoning --max_steps 8 --checkpoint_every 1 --rollout_batch_size 4 --update_batch_size 2 --group_size 2
-    --max_new_tokens 40 --learning_rate 1e-5 --print_every 0 --threads 1""".split()
+FSDP_FLAGS = """--stage reasoning --max_steps 8 --checkpoint_every 1 --rollout_batch_size 4
+    --update_batch_size 2 --group_size 2 --max_new_tokens 40 --learning_rate 1e-5 --print_every 0 --threads 1""".split()
 FSDP_DRIVER = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 import pebr, rewards
 torch.use_deterministic_algorithms(True, warn_only=True)
-rewards.length_reward = lambda num_tokens: num_tokens % 5 / 4  # accuracy is 0 in a model that has not been trained
+rewards.length_reward = lambda num_tokens: num_tokens % 5 / 4  # without training accuracy is 0
 rewards.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}
 pebr.main(sys.argv[1:])
 """
@@ -4236,13 +4241,18 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 
 def gpu_fsdp2(tiny: bool) -> None:
-    """FSDP2 with one process: one run without a break, and one that is killed after two steps and started again."""
-    root, environment = Path(pebr.__file__).parent, {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic
+    """FSDP2 with one process: one run without a break, one that is killed after two steps and started again."""
+    root = Path(pebr.__file__).parent
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for deterministic algorithms
 
     def run(folder, name):
-        launch = f"-m accelerate.commands.launch --config_file {root}/configs/fsdp2.yaml --num_processes 1 --main_process_port 0"
-        paths = f"{folder}/driver.py --run_dir {folder}/{name} --from_model {folder}/toy/model --from_data {folder}/toy/train.json"
-        return subprocess.Popen([sys.executable, *launch.split(), *paths.split(), *FSDP_FLAGS], env=environment)
+        Path(folder, name).mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # the second start
+            Path(folder, name, "toy").symlink_to(f"{folder}/toy")
+        launch = ["accelerate.commands.launch", "--config_file", f"{root}/configs/fsdp2.yaml", "--num_processes", "1"]
+        command = [sys.executable, "-m", *launch, "--main_process_port", "0", f"{folder}/driver.py", *FSDP_FLAGS]
+        paths = f"--run_dir {folder}/{name} --from_model {folder}/toy/model --from_data {folder}/toy/train.json"
+        return subprocess.Popen([*command, *paths.split()], env=environment)
 
     def kill_and_resume(folder):
         data.build_toy_world(f"{folder}/toy", 0, data.ToyConfig(8, 8, 0, 4, clip_steps=1, clip_batch=4))
@@ -4256,8 +4266,9 @@ def gpu_fsdp2(tiny: bool) -> None:
         steps = len(pebr.read_jsonl(stage / "metrics.jsonl"))
         assert (whole.wait(), run(folder, "killed").wait()) == (0, 0), "a run failed"
         a, b = (pebr.read_jsonl(Path(folder, name, "reasoning/metrics.jsonl")) for name in ("whole", "killed"))
-        gap = max(abs(x[key] - y[key]) / max(abs(x[key]), 1e-6) for x, y in zip(a, b, strict=True) for key in x)
-        return {"steps": len(a), "killed after": steps, "sharded": sharded, "equal": a == b, "largest relative difference": gap}
+        gap = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-6) for x, y in zip(a, b, strict=True) for k in x)
+        counts = {"steps": len(a), "killed after": steps, "sharded": sharded}
+        return {**counts, "equal": a == b, "largest relative difference": gap}
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         show("metrics of the killed run against the other's", kill_and_resume, folder)
@@ -4273,7 +4284,7 @@ def ceilings(tiny: bool, device) -> tuple[float, float]:
 
 
 def gpu_3b(tiny: bool) -> None:
-    """Random float32 weights, bf16 compute, gradient checkpointing, G = 8, prompts of 1,000 tokens of which a picture has 900."""
+    """Random float32 weights, bf16 compute, gradient checkpointing, G = 8, 1,000 prompt tokens (900 a picture's)."""
     accelerator, cfg = gpu_setup("bf16", max_pixels=(56 if tiny else 840) ** 2)
     flops, bandwidth = ceilings(tiny, accelerator.device)
     show("ceilings", lambda: {"TFLOP/s": flops / 1e12, "TB/s": bandwidth / 1e12})
@@ -4287,8 +4298,8 @@ def gpu_3b(tiny: bool) -> None:
         work(policy, prompts[:1], 2 if work is time_rollout else C, cfg, accelerator)  # loads kernels
         seconds, gib, needed, figures = work(policy, prompts[:P], C, cfg, accelerator)
         fast = seconds_of.setdefault((work, P, C), seconds)  # the fast engine comes first
-        return {"seconds": seconds, "tokens/s": P * cfg.group_size * C / seconds, "share of the ceiling": needed / ceiling / seconds,
-                "peak GiB": gib, "of the fast engine's seconds": seconds / fast, **figures}  # fmt: skip
+        rates = {"tokens/s": P * cfg.group_size * C / seconds, "share of the ceiling": needed / ceiling / seconds}
+        return {"seconds": seconds, "over fast": seconds / fast, **rates, "peak GiB": gib, **figures}
 
     for C, engine in itertools.product((short, long), ("fast", "plain")):
         show(f"update, 16 rows of {C} tokens, {engine}", measure, time_update, engine, 2, C, flops)
@@ -4304,7 +4315,8 @@ def run_part(name: str, size: str, end: float) -> dict:
     """A part in a process of its own, until `end` on the clock: its seconds and the rows that it has shown."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if size == "tiny" else {})
     command, start = [sys.executable, "-W", "ignore", sys.argv[0], "gpu", size, name], time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(command, env=environment, **pipe)
     try:
         output, _ = child.communicate(timeout=max(1, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -4318,15 +4330,16 @@ def run_part(name: str, size: str, end: float) -> dict:
 
 
 def gpu(size: str = "", part: str = "") -> None:
-    """510 seconds at most; the two parts that measure no time run side by side. Writes gpu.json and gpu.md to $OUT, or to the
-    current folder. Exits with 1 if something failed."""
+    """510 seconds at most; the two parts that measure no time run side by side. Writes gpu.json and gpu.md to $OUT,
+    or to the current folder. Exits with 1 if something failed."""
     if part:
         return GPU_PARTS[part](size == "tiny")
     if size != "tiny" and not torch.cuda.is_available():
         return print("no GPU")
     device = "CPU, tiny sizes" if size == "tiny" else torch.cuda.get_device_name()
-    report, begin, out = {"device": device, "torch": torch.__version__}, time.monotonic(), os.environ.get("OUT", ".")
-    for names, limit in ((["float32", "fsdp2"], 150), (["3B"], 510)):
+    report, begin = {"device": device, "torch": torch.__version__}, time.monotonic()
+    out = os.environ.get("OUT", ".")
+    for names, limit in ((["float32", "fsdp2"], 180), (["3B"], 510)):
         with ThreadPoolExecutor() as pool:
             report |= zip(names, pool.map(lambda name: run_part(name, size, begin + limit), names))
         Path(out, "gpu.json").write_text(json.dumps(report, indent=1))
@@ -4340,7 +4353,8 @@ def gpu_table(report: dict) -> str:
     for name in filter(report.get, GPU_PARTS):
         rows = report[name]["rows"]
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[f"{v:.4g}" if type(v) is float else str(v) for v in (row.get(key, "") for key in columns)] for row in rows]
+        words = lambda value: f"{value:.4g}" if type(value) is float else str(value)
+        cells = [[words(row.get(key, "")) for key in columns] for row in rows]
         text += f"\n{name}, {report[name]['seconds']} s\n\n"
         text += "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *cells])
     return text
