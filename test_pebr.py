@@ -6,7 +6,8 @@ a second data set that is not the toy. No network, no GPU, deterministic.
 
 import base64
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 import csv
 from fractions import Fraction
 import io
@@ -4110,7 +4111,7 @@ def test_tied_embeddings_train_as_one_and_are_saved_once(tied, cfg, tmp_path, ac
 
 def test_a_run_with_tied_embeddings_resumes_exactly_and_says_nothing_of_shared_tensors(tied, toy, tmp_path, monkeypatch, caplog):
     (tmp_path / "toy").symlink_to(toy)
-    argv = ["--stage", "perception", *SMALL, "--checkpoint_every", "1"]
+    argv = ["--stage", "perception", *SMALL, "--checkpoint_minutes", "0"]
     argv += ["--from_model", str(tied), "--from_data", str(toy / "train.json")]
     run(tmp_path, *argv)
     expected, load_checkpoint = weights_of(tmp_path / "perception"), pebr.load_checkpoint
@@ -4623,8 +4624,303 @@ def print_graders():
             print("mathruler's verdicts on the answers of HACKS are not those of authors_rewards")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What a GPU must show: `python test_pebr.py gpu`; `gpu tiny` takes every part through at tiny size on a CPU
+
+SHAPES = {  # text, vision, sections of the rotary embedding, standard deviation of the weights, tokens
+    "3B": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16),
+           dict(hidden_size=1280, intermediate_size=3420, depth=32, fullatt_block_indexes=[7, 15, 23, 31]),
+           [16, 24, 24], 0.02, 151_936),
+    "toy": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
+            dict(hidden_size=64, intermediate_size=128, depth=2, fullatt_block_indexes=[1]),
+            [2, 3, 3], 0.1, 1000),
+}  # fmt: skip
+
+
+def build_policy(shape: str, device) -> pebr.Policy:
+    """Qwen2.5-VL of this shape with random weights, made on the device, past disk and CPU memory."""
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+    processor = data.toy_processor(["user", "assistant", *(f"w{i}" for i in range(100))])
+    text, vision, sections, std, words = SHAPES[shape]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    text = dict(text, vocab_size=words, num_key_value_heads=2, rope_parameters=rope, initializer_range=std)
+    vision = dict(vision, num_heads=16 if shape == "3B" else 4, out_hidden_size=text["hidden_size"], window_size=112)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    marks = dict(zip(names, processor.tokenizer.convert_tokens_to_ids(marks)))
+    text |= dict(bos_token_id=processor.tokenizer.pad_token_id, eos_token_id=processor.tokenizer.eos_token_id)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return pebr.Policy(model, processor, fast=True)
+
+
+def choose_engine(policy: pebr.Policy, engine: str) -> None:
+    """As load_policy does for --engine auto and --engine plain."""
+    policy.fast = engine == "fast"
+    policy.model.config.text_config._attn_implementation = "shared_prefix" if policy.fast else "sdpa"
+
+
+def make_prompts(policy: pebr.Policy, cfg, count: int, length: int) -> list:
+    """Prompts of `length` tokens, each with a picture of cfg.max_pixels; 28 x 28 pixels are a token."""
+    policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": cfg.max_pixels}
+    side = round(cfg.max_pixels**0.5)
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        Image.effect_noise((side, side), 100).convert("RGB").save(file.name)
+
+        def prompt(i, words):
+            row = Row("", str(i), " ".join(f"w{(i + k) % 100}" for k in range(words)), "1", [file.name])
+            return pebr.encode_prompt(policy, row, cfg, "{question}", i)
+
+        words = 1 + length - prompt(0, 1).inputs["input_ids"].shape[1]
+        return [prompt(i, words) for i in range(count)]
+
+
+def random_rollouts(prompts: list, lengths: list[int]) -> list:
+    """Responses of random tokens, to each prompt the same number."""
+    torch.manual_seed(1)
+    tokens, n = [torch.randint(100, 1000, (length,)) for length in lengths], len(lengths) // len(prompts)
+    make = lambda i, t: Rollout(prompts[i // n], t, "", False, torch.zeros(len(t)), advantage=i % 3 - 1.0)
+    return [make(i, t) for i, t in enumerate(tokens)]
+
+
+def gpu_setup(precision: str, **settings):
+    from accelerate import Accelerator
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    settings = dict(kl_coef=0.0, group_size=8, temperature=1.0, generate_batch_size=1024) | settings
+    cfg = pebr.Config("reasoning", mixed_precision=precision, **settings)
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision), cfg
+
+
+def timed(work):
+    """(result, seconds, peak GiB); without a GPU the peak is 0."""
+    cuda = torch.cuda if torch.cuda.is_available() else None
+    cuda and (cuda.synchronize(), cuda.reset_peak_memory_stats())
+    start, result = time.perf_counter(), work()
+    cuda and cuda.synchronize()
+    return result, time.perf_counter() - start, cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def rollout(policy: pebr.Policy, prompts: list, C: int, cfg, accelerator) -> list:
+    cfg = pebr.replace(cfg, max_new_tokens=C)
+    return pebr.generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature, "gpu")
+
+
+def time_rollout(policy: pebr.Policy, prompts: list, C: int, cfg, accelerator):
+    """(seconds, GiB, bytes to read, figures): G rollouts to each prompt, all of C tokens."""
+    policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
+    rollouts, seconds, gib = timed(lambda: rollout(policy, prompts, C, cfg, accelerator))
+    assert {len(r.tokens) for r in rollouts} == {C}
+    text, T = policy.model.config.text_config, prompts[0].inputs["input_ids"].shape[1]
+    # Bytes in bf16, of a token's keys and values and of the weights; the embedding is the head, too.
+    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    weights = 2 * sum(p.numel() for p in policy.model.get_decoder().parameters())
+    # Each step must read the weights, every prompt's keys and values once, and those of every response.
+    must_read = sum(weights + kv * (len(prompts) * T + len(rollouts) * step) for step in range(1, C))
+    forward = torch.cat(pebr.rollout_logprobs(policy, rollouts[:16], cfg, accelerator))
+    gap = (forward - torch.cat([r.old_logprobs for r in rollouts[:16]])).abs()
+    return seconds, gib, must_read, {"sampler_gap": float(gap.mean()), "largest log ratio": float(gap.max())}
+
+
+def time_update(policy: pebr.Policy, prompts: list, C: int, cfg, accelerator):
+    """(seconds, GiB, FLOPs, figures): one update on G random responses of C tokens to each prompt. It is plain SGD's:
+    Adam's two states would take 28 GiB more for the 3B."""
+    rollouts = random_rollouts(prompts, [C] * cfg.group_size * len(prompts))
+    model, seen = policy.model, Counter()
+    optimizer = accelerator.prepare(torch.optim.SGD(policy.parameters(), lr=1e-6))
+    count = lambda _, args, x: seen.update(tokens=x["input_ids"].numel(), patches=len(x["pixel_values"]))
+    hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    policy.train()
+    _, seconds, gib = timed(lambda: pebr.update_policy(rollouts, policy, optimizer, cfg, accelerator, False))
+    hook.remove()
+    parts = model.get_decoder().layers, model.base_model.visual, model.get_output_embeddings()
+    layers, vision, head = (sum(p.numel() for p in part.parameters()) for part in parts)
+    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own are left out.
+    flops = 8 * (layers * seen["tokens"] + vision * seen["patches"] + head * C * len(rollouts))
+    return seconds, gib, flops, {"processed tokens": seen["tokens"], "patches": seen["patches"]}
+
+
+def show(what: str, work, *arguments) -> None:
+    """A row of the table, printed at once: a part that is stopped keeps it. A failure is a row, too."""
+    try:
+        values = work(*arguments)
+    except Exception as error:
+        values = {"FAILED": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
+    print("ROW " + json.dumps({"what": what, **values}), flush=True)
+
+
+def gpu_float32(tiny: bool) -> None:
+    """The two engines on the toy's shape: greedy tokens, and log-probs and gradients of ragged groups."""
+    accelerator, cfg = gpu_setup("no", max_pixels=56 * 56, group_size=1, temperature=0.0)
+    policy, results = build_policy("toy", accelerator.device), {}
+    prompts = [prompt for length in (20, 33, 50) for prompt in make_prompts(policy, cfg, 2, length)]
+    rollouts = random_rollouts(prompts, [9, 1, 4, 7, 3, 2, 5, 5, 12, 12, 8, 1, 30, 30, 30, 2, 2, 1])
+    for engine in ("fast", "plain"):
+        choose_engine(policy, engine)
+        greedy = [r.tokens.tolist() for r in rollout(policy, prompts, 64, cfg, accelerator)]
+        policy.train().zero_grad()
+        logprobs, _, mask = policy([r.prompt for r in rollouts], [r.tokens for r in rollouts], 1.2)
+        advantages = torch.tensor([r.advantage for r in rollouts], device=mask.device)
+        (logprobs * mask * advantages[:, None]).sum().backward()
+        results[engine] = greedy, [logprobs.detach()], [p.grad for p in policy.parameters()]
+    (tokens, *fast), (expected, *plain) = results.values()
+    show("greedy responses", lambda: {"equal": sum(map(list.__eq__, tokens, expected)), "of": len(expected)})
+    for what, ours, theirs in zip(("log-probs", "gradients"), fast, plain):
+        largest = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+        scale = max(float(b.abs().max()) for b in theirs)
+        show(what, lambda: {"largest difference": largest, "over the largest value": largest / scale})
+
+
+FSDP_FLAGS = """--stage reasoning --max_steps 8 --checkpoint_minutes 0 --rollout_batch_size 4
+    --update_batch_size 2 --group_size 2 --max_new_tokens 40 --learning_rate 1e-5 --print_every 0 --threads 1""".split()
+FSDP_DRIVER = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import pebr, rewards
+torch.use_deterministic_algorithms(True, warn_only=True)
+rewards.length_reward = lambda num_tokens: num_tokens % 5 / 4  # without training accuracy is 0
+rewards.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}
+pebr.main(sys.argv[1:])
+"""
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        each.kill()
+
+
+def gpu_fsdp2(tiny: bool) -> None:
+    """FSDP2 with one process: one run without a break, one that is killed after two steps and started again."""
+    root = Path(pebr.__file__).parent
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for deterministic algorithms
+
+    def run(folder, name):
+        Path(folder, name).mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # the second start
+            Path(folder, name, "toy").symlink_to(f"{folder}/toy")
+        launch = ["accelerate.commands.launch", "--config_file", f"{root}/configs/fsdp2.yaml", "--num_processes", "1"]
+        command = [sys.executable, "-m", *launch, "--main_process_port", "0", f"{folder}/driver.py", *FSDP_FLAGS]
+        paths = f"--run_dir {folder}/{name} --from_model {folder}/toy/model --from_data {folder}/toy/train.json"
+        return subprocess.Popen([*command, *paths.split()], env=environment)
+
+    def kill_and_resume(folder):
+        data.build_toy_world(f"{folder}/toy", 0, data.ToyConfig(8, 8, 0, 4, clip_steps=1, clip_batch=4))
+        Path(folder, "driver.py").write_text(FSDP_DRIVER.format(folder=str(root)))
+        whole, killed, stage = run(folder, "whole"), run(folder, "killed"), Path(folder, "killed/reasoning")
+        while not (stage / "checkpoint-2").exists():
+            assert killed.poll() is None, "the run ended before it was killed"
+            time.sleep(0.005)
+        sharded = any("fsdp" in path.name for path in stage.glob("checkpoint-*/*"))
+        kill_tree(killed)
+        steps = len(pebr.read_jsonl(stage / "metrics.jsonl"))
+        assert (whole.wait(), run(folder, "killed").wait()) == (0, 0), "a run failed"
+        a, b = (pebr.read_jsonl(Path(folder, name, "reasoning/metrics.jsonl")) for name in ("whole", "killed"))
+        gap = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-6) for x, y in zip(a, b, strict=True) for k in x)
+        counts = {"steps": len(a), "killed after": steps, "sharded": sharded}
+        return {**counts, "equal": a == b, "largest relative difference": gap}
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        show("metrics of the killed run against the other's", kill_and_resume, folder)
+
+
+def ceilings(tiny: bool, device) -> tuple[float, float]:
+    """FLOP/s of a large bf16 matrix product, bytes/s (read and written) of a large copy."""
+    n, size = (256, 2**20) if tiny else (8192, 2**32)
+    a, b = torch.randn(2, n, n, device=device).bfloat16()
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    best = lambda work: min(timed(lambda: [work() for _ in range(20)])[1] for _ in range(3)) / 20
+    return 2 * n**3 / best(lambda: a @ b), 2 * size / best(lambda: target.copy_(source))
+
+
+def gpu_3b(tiny: bool) -> None:
+    """Random float32 weights, bf16 compute, gradient checkpointing, G = 8, 1,000 prompt tokens (900 a picture's)."""
+    accelerator, cfg = gpu_setup("bf16", max_pixels=(56 if tiny else 840) ** 2)
+    flops, bandwidth = ceilings(tiny, accelerator.device)
+    show("ceilings", lambda: {"TFLOP/s": flops / 1e12, "TB/s": bandwidth / 1e12})
+    policy, seconds_of = build_policy("toy" if tiny else "3B", accelerator.device), {}
+    policy.model.activation_checkpointing_enable()
+    few, many, short, long = (2, 4, 6, 12) if tiny else (8, 32, 512, 2048)
+    prompts = make_prompts(policy, cfg, many, 40 if tiny else 1000)
+
+    def measure(work, engine, P, C, ceiling):
+        choose_engine(policy, engine)
+        work(policy, prompts[:1], 2 if work is time_rollout else C, cfg, accelerator)  # loads kernels
+        seconds, gib, needed, figures = work(policy, prompts[:P], C, cfg, accelerator)
+        fast = seconds_of.setdefault((work, P, C), seconds)  # the fast engine comes first
+        rates = {"tokens/s": P * cfg.group_size * C / seconds, "share of the ceiling": needed / ceiling / seconds}
+        return {"seconds": seconds, "over fast": seconds / fast, **rates, "peak GiB": gib, **figures}
+
+    for C, engine in itertools.product((short, long), ("fast", "plain")):
+        show(f"update, 16 rows of {C} tokens, {engine}", measure, time_update, engine, 2, C, flops)
+    for engine, P, C in (("fast", few, short), ("fast", many, short), ("fast", many, long),
+                         ("plain", few, short), ("fast", few, long), ("plain", many, short)):  # fmt: skip
+        show(f"rollout, {8 * P} rows of {C} tokens, {engine}", measure, time_rollout, engine, P, C, bandwidth)
+
+
+GPU_PARTS = {"float32": gpu_float32, "fsdp2": gpu_fsdp2, "3B": gpu_3b}
+
+
+def run_part(name: str, size: str, end: float) -> dict:
+    """A part in a process of its own, until `end` on the clock: its seconds and the rows that it has shown."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if size == "tiny" else {})
+    command, start = [sys.executable, "-W", "ignore", sys.argv[0], "gpu", size, name], time.monotonic()
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(command, env=environment, **pipe)
+    try:
+        output, _ = child.communicate(timeout=max(1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        kill_tree(child)
+        output = child.communicate()[0] + "\nstopped: out of time"
+    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    rows += [{"what": "the rest", "FAILED": output.splitlines()[-1][:200]}] if child.returncode else []
+    if any("FAILED" in row for row in rows):
+        print(output[-3000:], file=sys.stderr)
+    return {"seconds": round(time.monotonic() - start), "rows": rows}
+
+
+def gpu(size: str = "", part: str = "") -> None:
+    """510 seconds at most; the two parts that measure no time run side by side. Writes gpu.json and gpu.md to $OUT,
+    or to the current folder. Exits with 1 if something failed."""
+    if part:
+        return GPU_PARTS[part](size == "tiny")
+    if size != "tiny" and not torch.cuda.is_available():
+        return print("no GPU")
+    device = "CPU, tiny sizes" if size == "tiny" else torch.cuda.get_device_name()
+    report, begin = {"device": device, "torch": torch.__version__}, time.monotonic()
+    out = os.environ.get("OUT", ".")
+    for names, limit in ((["float32", "fsdp2"], 180), (["3B"], 510)):
+        with ThreadPoolExecutor() as pool:
+            report |= zip(names, pool.map(lambda name: run_part(name, size, begin + limit), names))
+        Path(out, "gpu.json").write_text(json.dumps(report, indent=1))
+        Path(out, "gpu.md").write_text(gpu_table(report))
+    print(gpu_table(report))
+    sys.exit("FAILED" in gpu_table(report))
+
+
+def gpu_table(report: dict) -> str:
+    text = f"{report['device']}, torch {report['torch']}\n"
+    for name in filter(report.get, GPU_PARTS):
+        rows = report[name]["rows"]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        words = lambda value: f"{value:.4g}" if type(value) is float else str(value)
+        cells = [[words(row.get(key, "")) for key in columns] for row in rows]
+        text += f"\n{name}, {report[name]['seconds']} s\n\n"
+        text += "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *cells])
+    return text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_command_says_so(capsys):
+    gpu()
+    assert capsys.readouterr().out == "no GPU\n"
+
+
 COMMANDS = {"hacks": print_hacks, "graders": print_graders, "trl": bench_trl, "train_with_trl": train_with_trl,
-            "train_with_pebr": train_with_pebr, "imports": imports, "clip": bench_clip, "fuzz": fuzz, "kills": kills}  # fmt: skip
+            "train_with_pebr": train_with_pebr, "imports": imports, "clip": bench_clip, "fuzz": fuzz, "kills": kills,
+            "gpu": gpu}  # fmt: skip
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](*sys.argv[2:])
