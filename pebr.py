@@ -99,7 +99,7 @@ class Config:
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
     train_data: str = option("", "RL questions: the authors' JSON, or JSONL")
     sft_data: str = option("", "warm-up conversations: sharegpt JSON or JSONL")
-    test_data: str = option("", "held-out questions: JSON, JSONL or VLMEvalKit's TSV; several with commas")
+    test_data: str = option("", "held-out questions: JSON, JSONL or VLMEvalKit's TSV")
     image_root: str = option("", "folder of the pictures; empty: the data file's folder")
     prompt_file: str = option("", "instruction, with {question} in it; empty: data.INSTRUCTION")
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping")
@@ -156,8 +156,8 @@ STAGES = {  # the paper's settings where a stage departs from the defaults above
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
     "all": dict(model="{toy}/model", train_data="{toy}/train.json", sft_data="{toy}/sft.json",
                 test_data="{toy}/test.json", clip_model="local-dir:{toy}/clip", cosine_hi=0.9,
-                prompt_file="{toy}/prompt.txt", max_length=64, max_new_tokens=128, eval_samples=4, eval_temperature=1.0,
-                mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
+                prompt_file="{toy}/prompt.txt", max_length=64, max_new_tokens=128, eval_samples=4,
+                eval_temperature=1.0, mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
                 generate_batch_size=1024),
     "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=1000,
                    freeze_vision=False, max_length=256),
@@ -174,12 +174,13 @@ class ConfigError(ValueError):
 
 def parse_flags(argv: list[str]) -> dict:
     """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
-    about = __doc__.split("\n\nWhere this departs")[0]
-    about += (
-        "\n\nDefaults are the paper's; the stage's settings, the toy's and flags replace them, in this order."
+    about, raw = __doc__.split("\n\nWhere this departs")[0], argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=raw, argument_default=argparse.SUPPRESS
     )
-    parser = argparse.ArgumentParser(description=about, argument_default=argparse.SUPPRESS)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "Defaults are the paper's; the stage's settings, the toy's and flags replace them in turn."
+    )
     for f in fields(Config):
         kind = {"type": f.type, "metavar": f.type.__name__}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
@@ -277,10 +278,10 @@ def load_policy(path: str, cfg: Config) -> Policy:
 
     In float32: at lr 1e-6 a bf16 weight is too coarse to move at all. bf16 compute comes from accelerate.
     """
-    options = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    options = dict(trust_remote_code=cfg.trust_remote_code)
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
-        options["trust_remote_code"] = cfg.trust_remote_code
+        processor = AutoProcessor.from_pretrained(path, **options)
+        options |= dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         model, found = AutoModelForImageTextToText.from_pretrained(path, **options)
     except Exception as error:  # transformers, tokenizers and safetensors raise whatever goes wrong in them
         if should_reduce_batch_size(error):
@@ -299,7 +300,10 @@ def load_policy(path: str, cfg: Config) -> Policy:
         model.config.text_config._attn_implementation = "shared_prefix"
         if accelerator.device.type == "cuda" and cfg.mixed_precision == "bf16":
             model.config.vision_config._attn_implementation = "varlen_flash"
-    return Policy(model, processor, fast)
+    policy = Policy(model, processor, fast)
+    if cfg.stage == "dryrun":  # every response at full length
+        policy.banned_ids += policy.end_ids
+    return policy
 
 
 def vision_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -764,15 +768,15 @@ def everywhere(number: int) -> int:
 # Warm-up: supervised fine-tuning on structured rationales
 
 
-def warmup(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
-    """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
+def warmup(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
+    """Loss on the response only (paper, section "warm-up"). Returns the policy, and as accelerate wraps it."""
     policy = load_policy(model_path, cfg)
     rows, dropped = filter_warmup_rows(checked_rows(data_path, cfg, policy, ("response",)))
     own = sum(map(has_instruction, rows))
     accelerator.print(f"{len(rows)} warm-up rows, {own} with an instruction of their own; dropped: {dropped}")
     model, optimizer = prepare_training(policy, cfg)
     log = StepLog(folder, cfg, len(rows))
-    batches = (local_questions(rows, step, cfg) for step in log.steps())
+    batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
     for batch in encoded_ahead(batches, lambda item: encode_example(policy, item[1], cfg)):
         num_tokens = everywhere(sum(len(example.tokens) for example in batch))
         sums = Counter()
@@ -786,7 +790,7 @@ def warmup(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
         metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(log.step, log.total, cfg), cfg)
         log.lap("update")
         log.end_step(metrics | {"tokens": num_tokens})
-    save_policy(policy, model, folder)
+    return policy, model
 
 
 def encode_example(policy: Policy, row: Row, cfg: Config) -> Rollout:
@@ -819,16 +823,13 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
     answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
         return
-    records = {record["qid"]: record for record in read_jsonl(path)}
-    scores = {row.qid: records[row.qid]["scores"] for row in rows}
+    scores = {record["qid"]: record["scores"] for record in read_jsonl(path)}
     split = split_by_difficulty(rows, scores, cfg.group_size)
     for name, part in split.items():
         write_text(folder / f"{name}.json", json.dumps([row.raw for row in part], indent=1))
-    right = Counter(int(sum(each)) for each in scores.values())
-    truncated = sum(sum(records[row.qid]["truncated"]) for row in rows)
+    right = Counter(int(sum(scores[row.qid])) for row in rows)
     summary = {"questions": len(rows), **{name: len(part) for name, part in split.items()}}
     summary["right of n"] = {k: right[k] for k in range(cfg.group_size + 1)}
-    summary["truncated"] = round(truncated / len(rows) / cfg.group_size, 4)
     summary["image_root"] = os.path.relpath(cfg.image_root or Path(data_path).parent, folder)
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
@@ -872,15 +873,15 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
 # GRPO: perception RL and reasoning RL are this loop with another reward and other questions
 
 
-def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
-    """GRPO (arXiv 2402.03300) with the stage's reward. Writes a model folder, metrics and samples."""
-    policy = load_policy(model_path, cfg)
-    rows, clip_scorer, weights = grpo_rows(data_path, cfg, policy), load_clip(cfg), STAGE_REWARDS[cfg.stage]
+def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
+    """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, and as accelerate wraps it."""
+    policy, weights = load_policy(model_path, cfg), reward_weights(cfg.stage)
+    rows, clip_scorer = grpo_rows(data_path, cfg, policy, weights), load_clip(cfg)
     model, optimizer = prepare_training(policy, cfg)
     reference = load_reference(model_path, cfg)
     update_size = cfg.update_batch_size * cfg.group_size // accelerator.num_processes  # rollouts here
     log = StepLog(folder, cfg, len(rows))
-    batches = (local_questions(rows, step, cfg) for step in log.steps())
+    batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
     for prompts in encoded_ahead(batches, lambda item: encode_prompt(policy, item[1], cfg, item[0])):  # P
         # The policy that answers is the old policy of all updates of this step.
         rollouts = generate_rollouts(policy, prompts, cfg.group_size, cfg, f"{cfg.stage} {log.step} 0")
@@ -916,7 +917,7 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> No
         log.lap("update")
         records = rollout_records(rollouts, parts, rewards, advantages)
         log.end_step(mean_of(updates) | rollout_metrics(records, cfg), records)
-    save_policy(policy, model, folder)
+    return policy, model
 
 
 def load_reference(model_path: str, cfg: Config) -> Policy | None:
@@ -952,9 +953,8 @@ def evaluate(cfg: Config, data_path: str, folder: Path) -> None:
     Writes folder/<file>/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
     layout of VLMEvalKit's judge. A model that has scores is not asked again.
     """
-    trained = {stage: str(Path(cfg.run_dir, stage)) for stage in ("warmup", "perception", "reasoning")}
-    done = {stage: path for stage, path in trained.items() if Path(path, "done").is_file()}
-    models = {"base": cfg.model, **done}
+    trained = [stage for stage in ORDER if stage != "sample" and Path(cfg.run_dir, stage, "done").is_file()]
+    models = {"base": cfg.model} | {stage: str(Path(cfg.run_dir, stage)) for stage in trained}
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
     folder, rows, clip_scorer = folder / Path(data_path).stem, [], load_clip(cfg)
@@ -1038,11 +1038,16 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
     return rows
 
 
-def grpo_rows(data_path: str, cfg: Config, policy: Policy) -> list[Row]:
+def reward_weights(stage: str) -> dict[str, float]:
+    """Evaluation and the dry run compute what perception weighs."""
+    return STAGE_REWARDS.get(stage, STAGE_REWARDS["perception"])
+
+
+def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     """The stage's questions. This run's own sampling has already checked the pictures of those it wrote."""
-    need = ("answer", "key_words") if "keyword" in STAGE_REWARDS[cfg.stage] else ("answer",)
+    need = ("answer", "key_words") if "keyword" in weights else ("answer",)
     rows = checked_rows(data_path, cfg, policy if cfg.from_data else None, need)
-    if "clip" in STAGE_REWARDS[cfg.stage]:
+    if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
     if not rows:
@@ -1054,7 +1059,7 @@ def grpo_rows(data_path: str, cfg: Config, policy: Policy) -> list[Row]:
 
 def load_clip(cfg: Config) -> ClipScorer | None:
     """The CLIP model, next to the policy; None if the stage does not weigh it."""
-    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"]):
+    if not cfg.clip_model or "clip" not in reward_weights(cfg.stage):
         return None
     try:
         with accelerator.local_main_process_first():  # it downloads, the others find that done
@@ -1168,15 +1173,6 @@ class StepLog:
                 tracker.finish()
             accelerator.init_trackers(f"pebr_{cfg.stage}", asdict(cfg))
 
-    def steps(self) -> range:
-        """Steps to come, from 0."""
-        return range(self.step - 1, self.total)
-
-    def write(self, text: str) -> None:
-        """Above the progress bar."""
-        if accelerator.is_main_process:
-            self.bar.write(text)
-
     def lap(self, name: str) -> None:
         """The time since the last lap was spent on `name`."""
         self.seconds[name], self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -1192,13 +1188,9 @@ class StepLog:
         accelerator.log(metrics | timing, step=self.step)
         for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
             append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
+        shown = [f"{name} {float(metrics[name]):.3g}" for name in SHOWN if name in metrics]
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
-        if records or self.step % 10 == 0:
-            line = "  ".join(f"{name} {float(metrics[name]):.3g}" for name in SHOWN if name in metrics)
-            self.write(f"{self.cfg.stage} {self.step}/{self.total}  {line}")
-        if records and self.step % 10 == 1:
-            best = max(records[: self.cfg.group_size], key=lambda r: r["reward"])
-            self.write("".join(f"    {name}: {value}\n" for name, value in best.items()))
         due = time.monotonic() - self.saved >= 60 * self.cfg.checkpoint_minutes
         if everywhere(due and accelerator.is_main_process) and self.step < self.total:
             save_checkpoint(self.folder, self.step)
@@ -1207,7 +1199,7 @@ class StepLog:
         self.clock = time.perf_counter()
 
 
-SHOWN = "reward clip keyword format accuracy kl entropy tied_groups length_tokens truncated loss".split()
+SHOWN = ("reward", "clip", "keyword", "accuracy", "format", "length_tokens", "kl", "entropy", "loss")
 
 
 def save_checkpoint(folder: Path, step: int) -> None:
@@ -1273,7 +1265,7 @@ def dryrun(cfg: Config, folder: Path) -> None:
     Image.effect_noise((side, side), 100).save(picture)
     prompt = encode_prompt(load_policy(model_path, cfg), Row("dryrun", "0", "a", "a", [str(picture)]), cfg)
     problem = "a" + " a" * (cfg.max_length - prompt.inputs["input_ids"].shape[1])
-    row = {"problem": problem, "answer": "a", "images": [picture.name]}
+    row = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
     write_text(folder / "rows.json", json.dumps([row | {"qid": str(i)} for i in range(cfg.batch_size)]))
     train_grpo(replace(cfg, from_data="rows.json"), model_path, str(folder / "rows.json"), folder)
     if accelerator.is_main_process:
@@ -1319,7 +1311,9 @@ def run_stage(stage: str, flags: dict, named: bool = True) -> str:
     elif stage == "dryrun":
         dryrun(cfg, folder)
     else:
-        {"warmup": warmup, "sample": sample}.get(stage, train_grpo)(cfg, model, data, folder)
+        trained = {"warmup": warmup, "sample": sample}.get(stage, train_grpo)(cfg, model, data, folder)
+        if trained:
+            save_policy(*trained, folder)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (folder / "done").touch()
