@@ -70,7 +70,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationC
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from data import IMAGE_MARK, INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages
@@ -166,6 +166,7 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
     "dryrun": dict(batch_size=32, update_batch_size=16),
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
+STAGE_REWARDS["dryrun"] = STAGE_REWARDS["perception"]
 
 
 class ConfigError(ValueError):
@@ -591,8 +592,8 @@ def position_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[dict, torch
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The language model's attention. With group_cache: a decoding step. With groups [(T, [C1 ... CG])]: a row
-    of groups [prompt, c1 ... cG], where completions see their prompt and themselves. Else (prefill): sdpa."""
+    """The language model's attention. With group_cache: a decoding step. With groups [(T, [C1 ... CG])]: a
+    row of groups [prompt, c1 ... cG], where completions see their prompt and themselves. Else (prefill): sdpa."""
     groups, group_cache = kwargs.pop("groups", None), kwargs.pop("group_cache", None)
     if group_cache is not None:
         return decode_attention(query, key, value, scaling, group_cache, module.layer_idx), None
@@ -624,8 +625,8 @@ def group_attention(query, key, value, T: int, lengths: list[int], scaling: floa
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The vision tower's attention (1, heads, patches, dim), all windows in one call. transformers' sdpa makes
-    a call and a host sync for each; "flash" in the registered name makes it hand over the windows' ends."""
+    """The vision tower's attention (1, heads, patches, dim), all windows in one call. transformers' sdpa
+    makes a call and a host sync for each; "flash" in the name makes it hand over the windows' ends."""
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)[None], None
@@ -769,7 +770,7 @@ def everywhere(number: int) -> int:
 
 
 def warmup(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
-    """Loss on the response only (paper, section "warm-up"). Returns the policy, and as accelerate wraps it."""
+    """Loss on the response only (paper, section "warm-up"). Returns the policy, bare and wrapped."""
     policy = load_policy(model_path, cfg)
     rows, dropped = filter_warmup_rows(checked_rows(data_path, cfg, policy, ("response",)))
     own = sum(map(has_instruction, rows))
@@ -798,13 +799,6 @@ def encode_example(policy: Policy, row: Row, cfg: Config) -> Rollout:
     tokenizer = policy.processor.tokenizer
     ids = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return Rollout(encode_prompt(policy, row, cfg), torch.tensor(ids), row.response)
-
-
-def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
-    """Of step 1 ... total: rising for a tenth of them, then a cosine to 0."""
-    rising = math.ceil(0.1 * total)
-    falling = 0.5 * (1 + math.cos(math.pi * (step - 1 - rising) / max(1, total - rising)))
-    return cfg.learning_rate * (step / rising if step <= rising else falling)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -875,7 +869,7 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
 
 def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
     """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, and as accelerate wraps it."""
-    policy, weights = load_policy(model_path, cfg), reward_weights(cfg.stage)
+    policy, weights = load_policy(model_path, cfg), STAGE_REWARDS[cfg.stage]
     rows, clip_scorer = grpo_rows(data_path, cfg, policy, weights), load_clip(cfg)
     model, optimizer = prepare_training(policy, cfg)
     reference = load_reference(model_path, cfg)
@@ -918,29 +912,6 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> tu
         records = rollout_records(rollouts, parts, rewards, advantages)
         log.end_step(mean_of(updates) | rollout_metrics(records, cfg), records)
     return policy, model
-
-
-def load_reference(model_path: str, cfg: Config) -> Policy | None:
-    """The stage's start model, frozen, parameters in the compute dtype; None without a KL term."""
-    if not cfg.kl_coef:
-        return None
-    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
-    if cfg.mixed_precision == "bf16":
-        for p in reference.parameters():  # not .to(bfloat16): rotary frequencies, a buffer, must stay float32
-            p.data = p.data.bfloat16()
-    if not accelerator.is_fsdp2:
-        return reference.to(accelerator.device)
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for module in (*reference.model.get_decoder().layers, reference):  # accelerate wants an optimizer, too
-        fully_shard(module, reshard_after_forward=True, mp_policy=precision)
-    return reference
-
-
-def score_rollouts(rollouts: list[Rollout], clip_scorer: ClipScorer | None) -> list[dict]:
-    """The reward parts of each rollout (rewards.score_parts)."""
-    rows, images = [r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts]
-    texts, lengths = [r.text for r in rollouts], [len(r.tokens) for r in rollouts]
-    return score_parts(rows, images, texts, lengths, clip_scorer)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1038,11 +1009,6 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
     return rows
 
 
-def reward_weights(stage: str) -> dict[str, float]:
-    """Evaluation and the dry run compute what perception weighs."""
-    return STAGE_REWARDS.get(stage, STAGE_REWARDS["perception"])
-
-
 def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     """The stage's questions. This run's own sampling has already checked the pictures of those it wrote."""
     need = ("answer", "key_words") if "keyword" in weights else ("answer",)
@@ -1057,9 +1023,39 @@ def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> lis
     return rows
 
 
+def load_reference(model_path: str, cfg: Config) -> Policy | None:
+    """The stage's start model, frozen, parameters in the compute dtype; None without a KL term."""
+    if not cfg.kl_coef:
+        return None
+    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
+    if cfg.mixed_precision == "bf16":
+        for p in reference.parameters():  # not .to(bfloat16): rotary frequencies, a buffer, must stay float32
+            p.data = p.data.bfloat16()
+    if not accelerator.is_fsdp2:
+        return reference.to(accelerator.device)
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*reference.model.get_decoder().layers, reference):  # accelerate wants an optimizer, too
+        fully_shard(module, reshard_after_forward=True, mp_policy=precision)
+    return reference
+
+
+def score_rollouts(rollouts: list[Rollout], clip_scorer: ClipScorer | None) -> list[dict]:
+    """The reward parts of each rollout (rewards.score_parts)."""
+    rows, images = [r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts]
+    texts, lengths = [r.text for r in rollouts], [len(r.tokens) for r in rollouts]
+    return score_parts(rows, images, texts, lengths, clip_scorer)
+
+
+def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
+    """Of step 1 ... total: rising for a tenth of them, then a cosine to 0."""
+    rising = math.ceil(0.1 * total)
+    falling = 0.5 * (1 + math.cos(math.pi * (step - 1 - rising) / max(1, total - rising)))
+    return cfg.learning_rate * (step / rising if step <= rising else falling)
+
+
 def load_clip(cfg: Config) -> ClipScorer | None:
     """The CLIP model, next to the policy; None if the stage does not weigh it."""
-    if not cfg.clip_model or "clip" not in reward_weights(cfg.stage):
+    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"]):
         return None
     try:
         with accelerator.local_main_process_first():  # it downloads, the others find that done
@@ -1186,8 +1182,8 @@ class StepLog:
         for name, s in self.seconds.items():
             timing |= {f"{name}_s": round(s, 3), f"{name}_tokens_per_s": round(metrics["tokens"] / s, 1)}
         accelerator.log(metrics | timing, step=self.step)
-        for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
-            append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
+        for path, lines in zip(LOGS, ([metrics], [timing], records)):
+            append_jsonl(self.folder / path, [{"step": self.step, **line} for line in lines])
         shown = [f"{name} {float(metrics[name]):.3g}" for name in SHOWN if name in metrics]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
@@ -1199,22 +1195,22 @@ class StepLog:
         self.clock = time.perf_counter()
 
 
+LOGS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 SHOWN = ("reward", "clip", "keyword", "accuracy", "format", "length_tokens", "kl", "entropy", "loss")
 
 
 def save_checkpoint(folder: Path, step: int) -> None:
     """Model, optimizer and random states after `step` steps; all else follows from the step. It gets its name
     when it is whole: a run that is killed here still has the one before it."""
-    unfinished, target = folder / "unfinished", folder / f"checkpoint-{step}"
+    unfinished = folder / "unfinished"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        unfinished.rename(target)
-        for older in set(folder.glob("checkpoint-*")) - {target}:
-            shutil.rmtree(older)
+        unfinished.rename(folder / f"checkpoint-{step}")
+        rotate_checkpoints(str(folder), save_total_limit=1)
 
 
 def load_checkpoint(folder: Path) -> int:
@@ -1224,7 +1220,7 @@ def load_checkpoint(folder: Path) -> int:
     if last:
         accelerator.load_state(last)
         accelerator.print(f"resuming after step {step}")
-    for path in (folder / f"{name}.jsonl" for name in ("metrics", "timing", "samples")):
+    for path in (folder / name for name in LOGS):
         rewrite_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
     return step
 
@@ -1327,18 +1323,17 @@ def run_stage(stage: str, flags: dict, named: bool = True) -> str:
 def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
     batch, update, processes = cfg.batch_size, cfg.update_batch_size, accelerator.num_processes
-    needed = {"warmup": "sft_data", "sample": "train_data", "evaluate": "test_data"}.get(cfg.stage, "model")
-    if not getattr(cfg, needed) and not cfg.from_data:
+    need = {"warmup": "sft_data", "sample": "train_data", "evaluate": "test_data"}.get(cfg.stage, "model")
+    need = "clip_model" if cfg.stage == "perception" else need
+    if not getattr(cfg, need) and not (cfg.from_data and need != "clip_model"):
         raise ConfigError(
-            f"--stage {cfg.stage} needs --{needed}; without a warm-up: --stage sample --from_model M"
+            f"--stage {cfg.stage} needs --{need} (no warm-up: --stage sample --from_model MODEL)"
         )
-    if cfg.stage == "perception" and not cfg.clip_model:
-        raise ConfigError("--stage perception needs --clip_model, such as fg-clip:my_fg_clip_folder")
     if cfg.group_size < 2:
         raise ConfigError(f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage")
     if batch % update or update % processes:
-        raise ConfigError(f"--batch_size {batch} must be a multiple of --update_batch_size {update}, "
-                          f"and that of the number of processes, {processes}: groups stay whole")  # fmt: skip
+        rule = f"--batch_size {batch} must be a multiple of --update_batch_size {update}"
+        raise ConfigError(f"{rule}, and that one of the number of processes, {processes}: groups stay whole")
 
 
 def start_accelerator(cfg: Config) -> Accelerator:
@@ -1363,6 +1358,7 @@ def start_accelerator(cfg: Config) -> Accelerator:
 
 
 def run(flags: dict) -> None:
+    """The stage that --stage names, or all of them, in a run folder of which this is the only run."""
     global accelerator
     stage = flags.get("stage", "all")
     if stage not in (*STAGES, "all"):
@@ -1371,8 +1367,6 @@ def run(flags: dict) -> None:
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
     configs = [resolve(name, flags) for name in (ORDER if stage == "all" else [stage])]
     accelerator = start_accelerator(configs[0])
-    for cfg in configs:
-        check_config(cfg)
     folder = Path(configs[0].run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way
@@ -1385,6 +1379,7 @@ def run(flags: dict) -> None:
         build_toy_world(str(folder / "toy"), configs[0].seed, ToyConfig())
     accelerator.wait_for_everyone()
     for cfg in configs:  # a typo must not surface after hours
+        check_config(cfg)
         for path in filter(None, {cfg.from_data, cfg.sft_data, cfg.train_data, cfg.test_data}):
             checked_rows(path, cfg, None, ())
         load_clip(cfg)
