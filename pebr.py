@@ -75,7 +75,8 @@ from transformers.utils import logging as transformers_logging
 
 from data import IMAGE_MARK, INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages
 from data import filter_warmup_rows, has_instruction, load_image, load_rows, write_tsv_predictions
-from rewards import STAGE_REWARDS, ClipScorer, evaluation_table, score_parts, score_predictions, total_reward
+from rewards import STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, score_parts, score_predictions
+from rewards import total_reward
 
 # ------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags are made from the fields.
@@ -123,16 +124,13 @@ class Config:
     temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO")
     top_p: float = option(0.99, "of the rollouts")
     max_new_tokens: int = option(2048, "longest response; what reaches it counts as truncated")
-
     kl_coef: float = option(0.01, "weight of the k3 KL to the stage's start model; 0 = no reference model")
     ratio_clip_low: float = option(0.2, "the ratio is clipped at 1 - this")
     ratio_clip_high: float = option(0.3, "the ratio is clipped at 1 + this (DAPO, arXiv 2503.14476)")
     dual_clip: float = option(3.0, "largest ratio of negative advantages, 0 = none (arXiv 1912.09729)")
-
     clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, or fg-clip:folder")
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward")
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
-
     eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
     eval_temperature: float = option(0.5, "of the sampled responses")
 
@@ -163,7 +161,7 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
                    freeze_vision=False, max_length=256),
     "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=30),
     "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
-    "dryrun": dict(batch_size=32, update_batch_size=16),
+    "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
 STAGE_REWARDS["dryrun"] = STAGE_REWARDS["perception"]
@@ -593,7 +591,7 @@ def position_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[dict, torch
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The language model's attention. With group_cache: a decoding step. With groups [(T, [C1 ... CG])]: a
-    row of groups [prompt, c1 ... cG], where completions see their prompt and themselves. Else (prefill): sdpa."""
+    row of groups [prompt, c1 ... cG], where completions see their prompt and themselves. Else: sdpa."""
     groups, group_cache = kwargs.pop("groups", None), kwargs.pop("group_cache", None)
     if group_cache is not None:
         return decode_attention(query, key, value, scaling, group_cache, module.layer_idx), None
@@ -801,6 +799,13 @@ def encode_example(policy: Policy, row: Row, cfg: Config) -> Rollout:
     return Rollout(encode_prompt(policy, row, cfg), torch.tensor(ids), row.response)
 
 
+def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
+    """Of step 1 ... total: rising for a tenth of them, then a cosine to 0."""
+    rising = math.ceil(0.1 * total)
+    falling = 0.5 * (1 + math.cos(math.pi * (step - 1 - rising) / max(1, total - rising)))
+    return cfg.learning_rate * (step / rising if step <= rising else falling)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
@@ -934,16 +939,14 @@ def evaluate(cfg: Config, data_path: str, folder: Path) -> None:
             policy = load_policy(model_path, cfg).to(accelerator.device)
             rows = rows or checked_rows(data_path, cfg, policy, ("answer",))
             evaluate_model(policy, rows, folder / name, cfg, clip_scorer)
-    if accelerator.is_main_process:
-        scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
-        table = evaluation_table(scores, f"questions of {Path(data_path).name}, judged by rule")
-        write_text(folder / "table.txt", table + "\n")
-        print("\n" + table)
+    scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
+    table = evaluation_table(scores, f"questions of {Path(data_path).name}, judged by rule")
+    write_text(folder / "table.txt", table + "\n")
+    accelerator.print("\n" + table)
 
 
 def evaluate_model(policy: Policy, rows: list[Row], folder: Path, cfg: Config, clip_scorer) -> None:
     """Answer the rows greedily and sampled; score what was saved."""
-    folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
         path = folder / f"predictions_{mode}.jsonl"
@@ -956,13 +959,12 @@ def evaluate_model(policy: Policy, rows: list[Row], folder: Path, cfg: Config, c
             rewrite_jsonl(path, records)  # now with answers and verdicts
             if "index" in rows[0].raw:
                 write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
-    if accelerator.is_main_process:
-        write_text(folder / "scores.json", json.dumps(scores, indent=1))
+    write_text(folder / "scores.json", json.dumps(scores, indent=1))
     accelerator.wait_for_everyone()
 
 
 # ============================================================================================================
-# That was the method. Below: rows and batches, logs and checkpoints, the dry run, run folders, main.
+# That was the method. Below: what its loops call by name, logs and checkpoints, the dry run, run folders, main.
 # ============================================================================================================
 
 
@@ -989,23 +991,24 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
         except DataError as error:
             return str(error)
         length = example.prompt.inputs["input_ids"].shape[1] + len(example.tokens) * bool(row.response)
-        long = f"{row.where}: {length} tokens, --max_length is {cfg.max_length}"
-        return long if length > cfg.max_length else ""
+        return f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
 
     if policy:
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
-        found = encoded_ahead(in_batches(mine, 64), lambda row: (row.where, problem(row)))
-        found = tqdm(found, total=math.ceil(len(mine) / 64), desc=f"checking {Path(path).name}", leave=False)
-        broken = {where: text for where, text in gather_object(list(itertools.chain(*found))) if text}
-        problems += [broken[row.where] for row in rows if row.where in broken]
-        rows = [row for row in rows if row.where not in broken]
+        batches = in_batches(rows[accelerator.process_index :: accelerator.num_processes], 64)
+        found = encoded_ahead(batches, lambda row: (row.where, problem(row)))
+        found = tqdm(found, total=len(batches), desc=f"checking {Path(path).name}", leave=False)
+        found = dict(gather_object(list(itertools.chain(*found))))
+        problems += [found[row.where] for row in rows if found[row.where]]
+        rows = [row for row in rows if not found[row.where]]
     if problems:
-        listed = "\n  ".join(problems[:50] + [f"... and {len(problems) - 50} more"] * (len(problems) > 50))
+        listed = "\n  ".join([f"{path}: {len(problems)} broken rows", *problems[:50]])
         if not cfg.skip_bad_rows:
-            raise DataError(f"{path}: {len(problems)} broken rows (--skip_bad_rows drops them):\n  {listed}")
-        accelerator.print(f"{path}: dropped {len(problems)} broken rows:\n  {listed}")
+            raise DataError(f"{listed}\n--skip_bad_rows drops them")
+        accelerator.print(f"dropped: {listed}")
     if not rows:
-        raise DataError(f"{path}: no usable rows")
+        raise DataError(
+            f"{path}: no usable rows; if sampling wrote it, warm up longer or use --from_data FILE"
+        )
     return rows
 
 
@@ -1016,68 +1019,9 @@ def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> lis
     if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
-    if not rows:
-        raise DataError(f"{data_path}: no question for this stage; warm up longer, or use --from_data FILE")
     if len(rows) < cfg.batch_size:
         accelerator.print(f"{len(rows)} questions for steps of {cfg.batch_size}: each step repeats some")
     return rows
-
-
-def load_reference(model_path: str, cfg: Config) -> Policy | None:
-    """The stage's start model, frozen, parameters in the compute dtype; None without a KL term."""
-    if not cfg.kl_coef:
-        return None
-    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
-    if cfg.mixed_precision == "bf16":
-        for p in reference.parameters():  # not .to(bfloat16): rotary frequencies, a buffer, must stay float32
-            p.data = p.data.bfloat16()
-    if not accelerator.is_fsdp2:
-        return reference.to(accelerator.device)
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for module in (*reference.model.get_decoder().layers, reference):  # accelerate wants an optimizer, too
-        fully_shard(module, reshard_after_forward=True, mp_policy=precision)
-    return reference
-
-
-def score_rollouts(rollouts: list[Rollout], clip_scorer: ClipScorer | None) -> list[dict]:
-    """The reward parts of each rollout (rewards.score_parts)."""
-    rows, images = [r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts]
-    texts, lengths = [r.text for r in rollouts], [len(r.tokens) for r in rollouts]
-    return score_parts(rows, images, texts, lengths, clip_scorer)
-
-
-def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
-    """Of step 1 ... total: rising for a tenth of them, then a cosine to 0."""
-    rising = math.ceil(0.1 * total)
-    falling = 0.5 * (1 + math.cos(math.pi * (step - 1 - rising) / max(1, total - rising)))
-    return cfg.learning_rate * (step / rising if step <= rising else falling)
-
-
-def load_clip(cfg: Config) -> ClipScorer | None:
-    """The CLIP model, next to the policy; None if the stage does not weigh it."""
-    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"]):
-        return None
-    try:
-        with accelerator.local_main_process_first():  # it downloads, the others find that done
-            return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
-    except ValueError as error:
-        raise ConfigError(error) from error
-
-
-def encoded_ahead(batches, encode):
-    """Yields each batch with `encode` applied to its items, by threads while the batch before it trains."""
-    with ThreadPoolExecutor(4) as pool:
-        ahead = []
-        for batch in batches:
-            ahead.append([pool.submit(encode, item) for item in batch])
-            if len(ahead) == 2:
-                yield [future.result() for future in ahead.pop(0)]
-        for futures in ahead:
-            yield [future.result() for future in futures]
-
-
-def in_batches(items, size: int) -> list:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def local_questions(rows: list[Row], step: int, cfg: Config) -> list[tuple[int, Row]]:
@@ -1102,15 +1046,50 @@ def seeded(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(seed.encode()))
 
 
-def save_policy(policy: Policy, model, folder: Path) -> None:
-    """A complete Hugging Face folder, in float32, so that the next stage goes on from the exact weights."""
-    state = accelerator.get_state_dict(model)  # collective: on every process
-    state = {name.removeprefix("model."): value for name, value in state.items()}  # the policy's model
-    if accelerator.is_main_process:
-        ours, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
-        policy.model.save_pretrained(folder, state_dict=state)
-        policy.processor.save_pretrained(folder)
-        policy.model.generation_config = ours
+def in_batches(items, size: int) -> list:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def encoded_ahead(batches, encode):
+    """Yields each batch with `encode` applied to its items, by threads while the batch before it trains."""
+    with ThreadPoolExecutor(4) as pool:
+        ahead = []
+        for batch in batches:
+            ahead.append([pool.submit(encode, item) for item in batch])
+            if len(ahead) == 2:
+                yield [future.result() for future in ahead.pop(0)]
+        for futures in ahead:
+            yield [future.result() for future in futures]
+
+
+def load_reference(model_path: str, cfg: Config) -> Policy | None:
+    """The stage's start model, frozen, parameters in the compute dtype; None without a KL term."""
+    if not cfg.kl_coef:
+        return None
+    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
+    if cfg.mixed_precision == "bf16":
+        for p in reference.parameters():  # not .to(bfloat16): rotary frequencies, a buffer, stay float32
+            p.data = p.data.bfloat16()
+    if accelerator.is_fsdp2:  # by torch: accelerate shards only what has an optimizer
+        for module in (*reference.model.get_decoder().layers, reference):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        return reference
+    return reference.to(accelerator.device)
+
+
+def load_clip(cfg: Config) -> ClipScorer | None:
+    """The CLIP model, next to the policy; None if the stage does not weigh it."""
+    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"]):
+        return None
+    with accelerator.local_main_process_first():  # it downloads, the others find that done
+        return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
+
+
+def score_rollouts(rollouts: list[Rollout], clip_scorer: ClipScorer | None) -> list[dict]:
+    """The reward parts of each rollout (rewards.score_parts)."""
+    rows, images = [r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts]
+    texts, lengths = [r.text for r in rollouts], [len(r.tokens) for r in rollouts]
+    return score_parts(rows, images, texts, lengths, clip_scorer)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1178,24 +1157,21 @@ class StepLog:
         metrics = {name: float(f"{v:.6g}") if math.isfinite(v) else str(v) for name, v in metrics.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, on Linux
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak
-        timing = {"peak_gib": round(peak / 2**30, 2)}
-        for name, s in self.seconds.items():
-            timing |= {f"{name}_s": round(s, 3), f"{name}_tokens_per_s": round(metrics["tokens"] / s, 1)}
+        timing = {f"{name}_s": round(s, 3) for name, s in self.seconds.items()}
+        timing |= {"tokens_per_s": round(metrics["tokens"] / sum(self.seconds.values()), 1)}
+        timing["peak_gib"] = round(peak / 2**30, 2)
         accelerator.log(metrics | timing, step=self.step)
-        for path, lines in zip(LOGS, ([metrics], [timing], records)):
-            append_jsonl(self.folder / path, [{"step": self.step, **line} for line in lines])
-        shown = [f"{name} {float(metrics[name]):.3g}" for name in SHOWN if name in metrics]
-        self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
+            append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
+        self.bar.set_postfix({name: metrics[name] for name in SHOWN if name in metrics}, refresh=False)
         self.bar.update()
         due = time.monotonic() - self.saved >= 60 * self.cfg.checkpoint_minutes
         if everywhere(due and accelerator.is_main_process) and self.step < self.total:
             save_checkpoint(self.folder, self.step)
             self.saved = time.monotonic()
-        self.step += 1
-        self.clock = time.perf_counter()
+        self.step, self.clock = self.step + 1, time.perf_counter()
 
 
-LOGS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 SHOWN = ("reward", "clip", "keyword", "accuracy", "format", "length_tokens", "kl", "entropy", "loss")
 
 
@@ -1220,33 +1196,44 @@ def load_checkpoint(folder: Path) -> int:
     if last:
         accelerator.load_state(last)
         accelerator.print(f"resuming after step {step}")
-    for path in (folder / name for name in LOGS):
+    for path in folder.glob("*.jsonl"):
         rewrite_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
     return step
 
 
+def save_policy(policy: Policy, model, folder: Path) -> None:
+    """A complete Hugging Face folder, in float32, so that the next stage goes on from the exact weights."""
+    state = accelerator.get_state_dict(model)  # collective: on every process
+    state = {name.removeprefix("model."): value for name, value in state.items()}  # the policy's model
+    if accelerator.is_main_process:
+        ours, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
+        policy.model.save_pretrained(folder, state_dict=state)
+        policy.processor.save_pretrained(folder)
+        policy.model.generation_config = ours
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a file that may end in a torn one; only on the main process."""
+    """The whole lines of a file that may end in a torn one; like what follows, on the main process only."""
     whole = accelerator.is_main_process and path.is_file()
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if whole else []
 
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and records:
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def rewrite_jsonl(path: Path, records: list[dict]) -> None:
-    if accelerator.is_main_process:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    aside.replace(path)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(path.name + ".tmp").write_text(text)
+        path.with_name(path.name + ".tmp").replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1256,19 +1243,18 @@ def write_text(path: Path, text: str) -> None:
 def dryrun(cfg: Config, folder: Path) -> None:
     """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
     responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
-    side, model_path = math.isqrt(cfg.max_pixels), cfg.from_model or cfg.model
-    picture = folder / "noise.png"
+    side, model_path, picture = math.isqrt(cfg.max_pixels), cfg.from_model or cfg.model, folder / "noise.png"
     Image.effect_noise((side, side), 100).save(picture)
     prompt = encode_prompt(load_policy(model_path, cfg), Row("dryrun", "0", "a", "a", [str(picture)]), cfg)
     problem = "a" + " a" * (cfg.max_length - prompt.inputs["input_ids"].shape[1])
     row = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
     write_text(folder / "rows.json", json.dumps([row | {"qid": str(i)} for i in range(cfg.batch_size)]))
+    accelerator.wait_for_everyone()
     train_grpo(replace(cfg, from_data="rows.json"), model_path, str(folder / "rows.json"), folder)
-    if accelerator.is_main_process:
-        timing = read_jsonl(folder / "timing.jsonl")[-1]
-        timing["step_s"] = round(sum(value for name, value in timing.items() if name.endswith("_s")), 1)
+    for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
+        seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
         rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
-        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * timing["step_s"] / 3600, 2)
+        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
         print("DRYRUN " + json.dumps(timing))
 
 
@@ -1288,34 +1274,27 @@ def run_stage(stage: str, flags: dict, named: bool = True) -> str:
         accelerator.print(f"{folder} is done; --overwrite makes it again" * named, flush=True)
         return str(folder)
     check_config(cfg)
-    model, data = cfg.from_model or cfg.model, cfg.from_data
-    if stage in ("sample", "perception", "reasoning"):
-        before = "perception" if stage == "reasoning" else "warmup"
-        model = cfg.from_model or run_stage(before, flags, named=False)
-    if stage in ("perception", "reasoning"):
-        part = "easy" if stage == "perception" else "medium"
-        data = data or f"{run_stage('sample', flags, named=False)}/{part}.json"
-    own = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}
-    data = data or own.get(stage, "")
+    data = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}.get(stage)
+    before = {"sample": "warmup", "perception": "warmup", "reasoning": "perception"}.get(stage)
+    part = {"perception": "easy.json", "reasoning": "medium.json"}.get(stage)
+    model = cfg.from_model or (run_stage(before, flags, named=False) if before else cfg.model)
+    data = cfg.from_data or (f"{run_stage('sample', flags, named=False)}/{part}" if part else data)
     accelerator.print(f"\n=== {folder}", flush=True)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
+    write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
     accelerator.wait_for_everyone()
-    if stage == "evaluate":  # never done: later stages bring more models
-        evaluate(cfg, data, folder)
-    elif stage == "dryrun":
+    if stage == "dryrun":
         dryrun(cfg, folder)
+    elif stage == "evaluate":  # never done: later stages bring more models
+        evaluate(cfg, data, folder)
     else:
-        trained = {"warmup": warmup, "sample": sample}.get(stage, train_grpo)(cfg, model, data, folder)
-        if trained:
+        if trained := {"warmup": warmup, "sample": sample}.get(stage, train_grpo)(cfg, model, data, folder):
             save_policy(*trained, folder)
         accelerator.wait_for_everyone()
+        write_text(folder / "done", "")
         if accelerator.is_main_process:
-            (folder / "done").touch()
             for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
                 shutil.rmtree(path, ignore_errors=True)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     accelerator.free_memory()
     return str(folder)
 
@@ -1373,10 +1352,10 @@ def run(flags: dict) -> None:
     try:
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if flags.get("model", "toy") == "toy":
+                build_toy_world(str(folder / "toy"), configs[0].seed, ToyConfig())
     except BlockingIOError:
         raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
-    if flags.get("model", "toy") == "toy" and accelerator.is_main_process:
-        build_toy_world(str(folder / "toy"), configs[0].seed, ToyConfig())
     accelerator.wait_for_everyone()
     for cfg in configs:  # a typo must not surface after hours
         check_config(cfg)
@@ -1400,7 +1379,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it notes tied weights each time
     try:
         run(flags)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ClipError) as error:
         sys.exit(f"pebr.py: {error}")
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
