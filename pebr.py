@@ -1051,7 +1051,11 @@ def in_batches(items, size: int) -> list:
 
 
 def encoded_ahead(batches, encode):
-    """Yields each batch with `encode` applied to its items, by threads while the batch before it trains."""
+    """Yields each batch with `encode` applied to its items: for a GPU by threads, while the batch before it
+    trains; on a CPU in line, because threads would take the cores that train."""
+    if accelerator.device.type == "cpu":
+        yield from ([encode(item) for item in batch] for batch in batches)
+        return
     with ThreadPoolExecutor(4) as pool:
         ahead = []
         for batch in batches:
