@@ -119,7 +119,6 @@ class Config:
     freeze_vision: bool = option(False, "vision tower and projector do not train (warm-up: yes)", True)
     batch_size: int = option(512, "questions per step, all processes (perception: 560; warm-up: 128)", True)
     update_batch_size: int = option(128, "questions per optimizer update in RL (perception: 112)", True)
-
     group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO")
     temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO")
     top_p: float = option(0.99, "of the rollouts")
@@ -133,7 +132,6 @@ class Config:
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
     eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
     eval_temperature: float = option(0.5, "of the sampled responses")
-
     threads: int = option(0, "CPU threads per process; 0 = the cores, shared by the processes")
     fast: bool = option(True, "share prompts within groups (FAST_FAMILIES); off: generate, plain forwards")
     mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no")
@@ -145,10 +143,8 @@ class Config:
 STAGES = {  # the paper's settings where a stage departs from the defaults above
     "warmup": dict(learning_rate=1e-5, epochs=2, freeze_vision=True, batch_size=128, update_batch_size=128,
                    max_length=4096),
-    "sample": {},
     "perception": dict(batch_size=560, update_batch_size=112),
     "reasoning": dict(epochs=2),
-    "evaluate": {},
     "dryrun": dict(batch_size=560, update_batch_size=112, max_steps=2),
 }  # fmt: skip
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
@@ -171,33 +167,16 @@ class ConfigError(ValueError):
     """A flag, or a combination of flags or folders, that cannot work; says what to change."""
 
 
-def parse_flags(argv: list[str]) -> dict:
-    """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
-    about, raw = __doc__.split("\n\nWhere this departs")[0], argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=raw, argument_default=argparse.SUPPRESS
-    )
-    parser.epilog = (
-        "Defaults are the paper's; the stage's settings, the toy's and flags replace them in turn."
-    )
-    for f in fields(Config):
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
-    return vars(parser.parse_args(argv))
-
-
 def resolve(stage: str, flags: dict, named: bool = True) -> Config:
     """Config of a stage: paper < stage < toy < flags. named: by --stage, so the training flags are for it."""
-    settings = {"stage": stage, **STAGES[stage]}
+    settings = {"stage": stage, **STAGES.get(stage, {})}
     if flags.get("model", "toy") == "toy":
         folder = str(Path(flags.get("run_dir", Config.run_dir), "toy"))
         toy = TOY["all"] | TOY.get(stage, {})
         settings |= {name: v.replace("{toy}", folder) if isinstance(v, str) else v for name, v in toy.items()}
-    for f in fields(Config):
-        applies = f.name in flags and f.name != "stage" and (named or not f.metadata["training"])
-        if applies and flags[f.name] != "toy":
-            settings[f.name] = flags[f.name]
+    for name in flags.keys() - {"stage"}:
+        if flags[name] != "toy" and (named or not Config.__dataclass_fields__[name].metadata["training"]):
+            settings[name] = flags[name]
     return Config(**settings)
 
 
@@ -1344,8 +1323,8 @@ def run(flags: dict) -> None:
     """The stage that --stage names, or all of them, in a run folder of which this is the only run."""
     global accelerator
     stage = flags.get("stage", "all")
-    if stage not in (*STAGES, "all"):
-        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
+    if stage not in (*ORDER, "all", "dryrun"):
+        raise ConfigError(f"--stage {stage}: must be one of {', '.join(ORDER)}, all, dryrun")
     if stage == "all" and {"from_model", "from_data"} & flags.keys():
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
     configs = [resolve(name, flags) for name in (ORDER if stage == "all" else [stage])]
@@ -1374,6 +1353,21 @@ def run(flags: dict) -> None:
 OUT_OF_MEMORY = """out of memory. Lower --micro_batch_size (update), --generate_batch_size (rollout),
 --max_new_tokens or --max_pixels; several GPUs shard the model with configs/fsdp2.yaml; --kl_coef 0 needs no
 reference model. The same command with the new flag goes on from the last checkpoint."""
+
+
+def parse_flags(argv: list[str]) -> dict:
+    """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.description = __doc__.split("\n\nWhere this departs")[0]
+    parser.epilog = (
+        "Defaults are the paper's; settings of the stage, of the toy and flags replace them in turn."
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for f in fields(Config):
+        kind = {"type": f.type, "metavar": f.type.__name__}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
+    return vars(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> None:
