@@ -1055,7 +1055,8 @@ def load_reference(model_path: str, cfg: Config) -> Policy | None:
             p.data = p.data.bfloat16()
     if accelerator.is_fsdp2:  # by torch: accelerate shards only what has an optimizer
         for module in (*reference.model.get_decoder().layers, reference):
-            fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(module, reshard_after_forward=True, mp_policy=precision)
         return reference
     return reference.to(accelerator.device)
 
@@ -1254,7 +1255,8 @@ def run_stage(stage: str, flags: dict, named: bool = True) -> str:
             shutil.rmtree(folder.with_name(later), ignore_errors=True)
     accelerator.wait_for_everyone()
     if (folder / "done").is_file():
-        accelerator.print(f"{folder} is done; --overwrite makes it again" * named, flush=True)
+        if named:
+            accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
         return str(folder)
     check_config(cfg)
     data = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}.get(stage)
@@ -1342,9 +1344,9 @@ def run(flags: dict) -> None:
     accelerator.wait_for_everyone()
     for cfg in configs:  # a typo must not surface after hours
         check_config(cfg)
-        for path in filter(None, {cfg.from_data, cfg.sft_data, cfg.train_data, cfg.test_data}):
-            checked_rows(path, cfg, None, ())
-        load_clip(cfg)
+    for path in filter(None, (cfg.from_data, cfg.sft_data, cfg.train_data, cfg.test_data)):
+        checked_rows(path, cfg, None, ())
+    load_clip(cfg)
     for cfg in configs:
         run_stage(cfg.stage, flags)
     accelerator.end_training()

@@ -2806,17 +2806,17 @@ STAGE_COMMANDS = {"trl": bench_trl, "train_with_trl": train_with_trl, "train_wit
 
 ROOT = Path(pebr.__file__).parent
 README = (ROOT / "README.md").read_text()
-PATCHES = re.findall(r"\n([^\n]+)\n\n```diff\n(.*?)```", README, re.DOTALL)
+PATCHES = re.findall(r"\n([^\n]+)\n```diff\n(.*?)```", README, re.DOTALL)
 
 
 def patched(name, text, patch):
     """The file's text after those hunks of a README patch that are for it. Each has to fit exactly once."""
-    for file, hunks in re.findall(r"\+\+\+ b/(\S+)\n(.*?)(?=--- a/|\Z)", patch, re.DOTALL):
-        for hunk in hunks.split("@@\n") if file == name else ():
-            lines = hunk.splitlines(keepends=True)
-            old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
-            assert old and text.count(old) == 1, hunk
-            text = text.replace(old, new)
+    file, hunks = re.fullmatch(r"\+\+\+ (\S+)\n(.*)", patch, re.DOTALL).groups()
+    for hunk in hunks.split("@@\n") if file == name else ():
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+        assert old and text.count(old) == 1, hunk
+        text = text.replace(old, new)
     return text
 
 
