@@ -4,52 +4,43 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
 
     accelerate launch pebr.py --stage warmup        # supervised: image + question -> structured rationale
     accelerate launch pebr.py --stage sample        # 8 rollouts a question -> easy / medium / hard
-    accelerate launch pebr.py --stage perception    # GRPO on easy questions, CLIP + keyword rewards
+    accelerate launch pebr.py --stage perception    # GRPO on easy questions, CLIP and keyword rewards
     accelerate launch pebr.py --stage reasoning     # GRPO on medium questions, accuracy reward
     accelerate launch pebr.py --stage evaluate      # every model of the run, one table
     accelerate launch pebr.py --stage all           # the five in a row
-    accelerate launch pebr.py --stage dryrun        # one worst-case GRPO step: memory, speed, hours of the whole run
+    accelerate launch pebr.py --stage dryrun        # two GRPO steps at full length: memory, seconds, hours
 
-Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder of --run_dir and takes
-its model and data from the stages before it, which are made first if they are missing (evaluate scores what there is). The
-file reads in running order: config, policy, rollout, log-probs, advantages and loss, update, what the stages share, warm-up,
-sampling, GRPO, evaluation. That is the method; what keeps a run alive comes after it: memory plan, dry run, survival, checks,
-stage folders, main. Rewards are in rewards.py; rows, pictures and the toy world in data.py.
+Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder in
+--run_dir and takes its model and data from the stages before it, which it makes first if they are missing.
+Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
-Where this departs from the paper's released code, and why:
- [1] Keywords are looked for in the image description only, as whole words or phrases, plural allowed, 3 or three alike.
-     Theirs searches the whole response for substrings: "cat" is paid in "category", "3" in "13", and a keyword in step 4
-     counts as perception. --keyword_precision makes naming everything not pay.
- [2] A reward that cannot be computed is an error. Theirs pays 0 for any CLIP failure. Rows without a picture are left out of
-     perception RL, and counted. A negative cosine earns 0, not less.
- [3] CLIP sees each picture once and all descriptions of a batch together. Theirs makes one call per response.
- [4] A description longer than CLIP's context is scored in windows of whole sentences. Theirs is cut without a word.
- [5] Sections are parsed once, and the format holds only if they are all there, in order, with nothing before them; the last
-     answer counts; no answer section, no accuracy. Theirs wants four headings anywhere, takes the first answer, and without
-     one grades the whole response.
- [6] Every completion token of an update weighs the same, over all micro-batches and processes (--loss_mean token). Theirs
-     averages micro-batch means, so that tokens of short responses weigh more.
- [7] Difficulty sampling resumes, and has exactly n scores per question. Theirs appends, so that a re-run leaves 16.
- [8] A group without spread has advantage exactly 0, not rounding noise divided by epsilon. It keeps its KL term.
- [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops and counts such rows.
-[10] Sampling allows prompts of 8192 tokens: its own pixel limit (4,194,304) is up to 5,350 image tokens, more than 2048.
-[11] A prompt and its pictures go through the model once per group (FAST_FAMILIES), in rollouts and in updates. Theirs repeat them.
-[12] The instruction around a question is worded anew, with the same headings; --prompt_file takes theirs.
-[13] From a step's second update on, old log-probs are those that the sampler computed; theirs are of one more forward. The
-     difference is logged: sampler_gap. At the first update the old policy is the policy itself.
-[14] Answers are graded by a grader of our own. Theirs, mathruler, disagrees with a person on a third of clear pairs (README).
-Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so rollouts come from a
-slightly narrower distribution than the one that is scored.
+Where this departs from the paper's released code (the README gives the reasons):
+ [1] Keywords count in the description only, as whole words; theirs are substrings of the whole response.
+ [2] A reward that cannot be computed is an error, never a 0; rows without a picture are left out and counted.
+ [3] CLIP encodes each picture once and all descriptions in batches; theirs makes one call per response.
+ [4] CLIP reads a long description in windows of whole sentences; theirs cuts it.
+ [5] Sections are parsed once, in order; the last answer counts; without an answer section, no accuracy.
+ [6] Every token of an update weighs the same, over all micro-batches and processes.
+ [7] Difficulty sampling resumes and has exactly n scores per question; theirs appends.
+ [8] A group without spread has advantage exactly 0, not rounding noise over epsilon. It keeps its KL term.
+ [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops it.
+[10] --max_length holds at the RL stages' pixel limit; sampling's larger pictures may exceed it.
+[11] A prompt goes through the model once per group, in rollouts and in updates; theirs repeats it.
+[12] The instruction is worded anew and is the same in all stages; --prompt_file takes theirs.
+[13] From a step's second update on, the sampler's log-probs are the old ones; theirs runs one more forward.
+[14] The grader is our own; theirs, mathruler, disagrees with a person on a third of clear pairs.
+Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so
+rollouts come from a slightly narrower distribution than the one that is scored.
 """
 
 import argparse
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -58,23 +49,15 @@ import os
 from pathlib import Path
 import resource
 import shutil
-import signal
-import socket
 import sys
-import tempfile
 import time
-import traceback
 import zlib
 
-from PIL import Image
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from accelerate.utils.memory import should_reduce_batch_size
-from jinja2 import TemplateError
-import psutil
-from safetensors import SafetensorError
+from PIL import Image
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -83,332 +66,222 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    LogitsProcessorList,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, LogitsProcessorList
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from data import (
-    IMAGE_MARK,
-    INSTRUCTION,
-    DataError,
-    Row,
-    ToyConfig,
-    build_toy_world,
-    chat_messages,
-    filter_warmup_rows,
-    in_instruction,
-    load_image,
-    load_rows,
-    write_tsv_predictions,
-)
-from rewards import (
-    BENCHMARKS,
-    STAGE_REWARDS,
-    ClipScorer,
-    calibrate,
-    keyword_set,
-    parse_response,
-    score_parts,
-    score_predictions,
-    total_reward,
-)
+from data import IMAGE_MARK, INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages
+from data import filter_warmup_rows, has_instruction, load_image, load_rows, write_tsv_predictions
+from rewards import STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, score_parts, score_predictions
+from rewards import total_reward
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config: the paper's settings, what a stage changes, what the toy changes. Flags come last and are made from the fields.
+# ------------------------------------------------------------------------------------------------------------
+# Config: the paper's settings, what a stage changes, what the toy changes. Flags are made from the fields.
+
+accelerator: Accelerator = None  # set by main: processes, device and precision
 
 
-def option(default, help, group):
-    return field(default=default, metadata={"help": help, "group": group})
-
-
-RUN, DATA, TRAIN, ROLLOUT, GRPO, REWARD, EVAL, MEMORY = (
-    "run", "model and data", "training (of the stage that --stage names; with all, of each)", "rollout", "GRPO", "reward", "evaluation", "memory and speed",
-)  # fmt: skip
+def option(default, help: str, training: bool = False):
+    return field(default=default, metadata={"help": help, "training": training})
 
 
 @dataclass
 class Config:
-    # fmt: off
-    stage: str = option("all", "warmup, sample, perception, reasoning, evaluate, all; or dryrun", RUN)
-    run_dir: str = option("runs/pebr", "folder that holds a folder per stage", RUN)
-    seed: int = option(0, "everything random follows from it", RUN)
-    overwrite: bool = option(False, "redo the stage although its folder is there", RUN)
-    log_with: str = option("", "an accelerate tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...", RUN)
-    print_every: int = option(10, "steps between two printed sample rollouts (warm-up: between two lines), 0 = never", RUN)
-    checkpoint_minutes: float = option(15.0, "between checkpoints to resume from, 0 = one after every step", RUN)
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay until the stage is done", RUN)
-    max_skipped_updates: int = option(3, "stop after so many skipped updates, without a step free of them in between; 0 = never", RUN)
+    stage: str = option("all", "warmup, sample, perception, reasoning, evaluate, all; or dryrun")
+    run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
+    seed: int = option(0, "everything random follows from it")
+    overwrite: bool = option(False, "redo the stage; this discards the stages after it, too")
+    log_with: str = option("", "an accelerate tracker in addition to metrics.jsonl: tensorboard, wandb, ...")
+    checkpoint_minutes: float = option(15.0, "minutes between checkpoints to resume from; 0 = every step")
 
-    model: str = option("toy", "base model: a Hugging Face id or folder, or toy", DATA)
-    train_data: str = option("toy", "RL questions: the authors' JSON, or JSONL, or toy", DATA)
-    sft_data: str = option("", "warm-up conversations: sharegpt JSON or JSONL (default: toy's with --train_data toy)", DATA)
-    test_data: str = option("", "held-out questions, rows as in --train_data, or benchmarks (VLMEvalKit TSV, JSON); several with commas "
-                            "(default: toy's with --train_data toy)", DATA)
-    image_root: str = option("", "folder of the pictures (default: the data file's folder)", DATA)
-    prompt_file: str = option("", "instruction around each question, {question} marks its place (default: data.INSTRUCTION)", DATA)
-    warmup_cases: str = option("all", "all, or hard: warm up on the rows that the base model gets wrong 8 times of 8", DATA)
-    skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping", DATA)
-    min_pixels: int = option(576, "smaller pictures are enlarged to this area (no effect below a processor's own floor: Qwen's is 3136)", DATA)
-    max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 4194304)", DATA)
-    max_prompt_length: int = option(2048, "tokens, image tokens included; a longer prompt is a broken row, never cut (sampling: 8192)", DATA)
-    max_sft_length: int = option(4096, "tokens of prompt and response in the warm-up", DATA)
-    trust_remote_code: bool = option(False, "run code that comes with the model folder", DATA)
-    random_init: bool = option(False, "dryrun: the model's shape with random weights, for which config and processor files are enough", DATA)
+    model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
+    train_data: str = option("", "RL questions: the authors' JSON, or JSONL")
+    sft_data: str = option("", "warm-up conversations: sharegpt JSON or JSONL")
+    test_data: str = option("", "held-out questions: JSON, JSONL or VLMEvalKit's TSV")
+    image_root: str = option("", "folder of the pictures; empty: the data file's folder")
+    prompt_file: str = option("", "instruction, with {question} in it; empty: data.INSTRUCTION")
+    skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping")
+    max_pixels: int = option(802_816, "larger pictures are reduced to this area")
+    sample_max_pixels: int = option(4_194_304, "the same in difficulty sampling")
+    max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and its response); longer is broken")
+    trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
-    from_model: str = option("", "start from this model instead of the previous stage's (evaluate: score this one only)", TRAIN)
-    from_data: str = option("", "use this file instead of the previous stage's (one of another run's sample/ needs --image_root)", TRAIN)
-    learning_rate: float = option(1e-6, "warm-up: 1e-5", TRAIN)
-    lr_schedule: str = option("constant", "constant or cosine (warm-up: cosine)", TRAIN)
-    lr_warmup: float = option(0.0, "share of the steps with a rising learning rate (warm-up: 0.1)", TRAIN)
-    weight_decay: float = option(0.01, "AdamW (warm-up: 0)", TRAIN)
-    grad_clip: float = option(1.0, "gradient norm limit; a non-finite norm skips the update", TRAIN)
-    epochs: int = option(1, "passes over the stage's data (warm-up 2, reasoning 2)", TRAIN)
-    max_steps: int = option(0, "train so many steps, whatever --epochs says; 0 = as many as the epochs have", TRAIN)
-    freeze_vision: bool = option(False, "vision tower and projector stay as they are (warm-up: yes)", TRAIN)
-    sft_batch_size: int = option(128, "warm-up rows per update, over all processes", TRAIN)
-    rollout_batch_size: int = option(512, "questions per step, over all processes (perception: 560)", TRAIN)
-    update_batch_size: int = option(128, "questions per optimizer update (perception: 112); updates per step = the ratio of the two", TRAIN)
-
-    group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO", ROLLOUT)
-    temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO", ROLLOUT)
-    top_p: float = option(0.99, "of the rollouts", ROLLOUT)
-    max_new_tokens: int = option(2048, "longest response; what reaches it counts as truncated", ROLLOUT)
-
-    kl_coef: float = option(0.01, "weight of the k3 KL to the stage's start model; 0 = no reference model is loaded", GRPO)
-    clip_low: float = option(0.2, "the ratio is clipped at 1 - this", GRPO)
-    clip_high: float = option(0.3, "the ratio is clipped at 1 + this (DAPO, arXiv 2503.14476)", GRPO)
-    clip_dual: float = option(3.0, "bound on the loss of negative advantages, 0 = off (dual clip, arXiv 1912.09729)", GRPO)
-    advantage_eps: float = option(1e-6, "advantage = (reward - mean) / (std + this)", GRPO)
-    advantage_std: bool = option(True, "divide by the group's std; off: Dr. GRPO (arXiv 2503.20783)", GRPO)
-    loss_mean: str = option("token", "token; sequence (GRPO, arXiv 2402.03300); constant (Dr. GRPO, arXiv 2503.20783)", GRPO)
-    ratio: str = option("token", "token, or sequence (GSPO, arXiv 2507.18071)", GRPO)
-    mask_truncated: bool = option(False, "truncated responses do not train, but stay in the group mean (DAPO)", GRPO)
-    resample_rounds: int = option(0, "replace groups without spread by new questions, at most so often (DAPO)", GRPO)
-
-    clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, fg-clip:folder, or toy (default with --train_data toy)", REWARD)
-    clip_device: str = option("", "cpu keeps CLIP off the GPU (default: beside the policy)", REWARD)
-    cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", REWARD)
-    cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", REWARD)
-    keyword_precision: bool = option(False, "perception: the keyword reward is an F-score, so naming everything does not pay", REWARD)
-
-    eval_samples: int = option(1, "sampled responses per question, beside the greedy one; 0 = greedy only", EVAL)
-    eval_temperature: float = option(0.5, "of the sampled responses", EVAL)
-    benchmark: str = option("", f"rule to score by: {', '.join(BENCHMARKS)} (default: told from each file's name and columns)", EVAL)
-    regrade: bool = option(False, "score saved predictions again, without the model", EVAL)
-
-    threads: int = option(0, "CPU threads per process, 0 = the cores divided by the processes", MEMORY)
-    engine: str = option("auto", "auto: prefill once and shared prefixes for the families that can; plain: generate and ordinary forwards", MEMORY)
-    mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no", MEMORY)
-    micro_batch_size: int = option(8, "responses per forward and backward, best a multiple of --group_size; lower this first when memory runs out", MEMORY)
-    generate_batch_size: int = option(0, "responses generated at once per process, 0 = as many as memory has room for", MEMORY)
-    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass", MEMORY)
-    # fmt: on
+    # Training. In a stage that is only made because a later one needs it, these keep their defaults.
+    from_model: str = option("", "model to start from; empty: the stage before (evaluate: all of them)", True)
+    from_data: str = option("", "data file; empty: what the stage before made", True)
+    learning_rate: float = option(1e-6, "constant in RL; warm-up: 1e-5, 10 %% rising, then cosine", True)
+    grad_clip_norm: float = option(1.0, "largest gradient norm; a non-finite one skips the update", True)
+    epochs: int = option(1, "passes over the stage's data (warm-up and reasoning: 2)", True)
+    max_steps: int = option(0, "train so many steps, whatever --epochs says; 0 = the epochs'", True)
+    freeze_vision: bool = option(False, "vision tower and projector do not train (warm-up: yes)", True)
+    batch_size: int = option(512, "questions per step, all processes (perception: 560; warm-up: 128)", True)
+    update_batch_size: int = option(128, "questions per optimizer update in RL (perception: 112)", True)
+    group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO")
+    temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO")
+    top_p: float = option(0.99, "of the rollouts")
+    max_new_tokens: int = option(2048, "longest response; what reaches it counts as truncated")
+    kl_coef: float = option(0.01, "weight of the k3 KL to the stage's start model; 0 = no reference model")
+    ratio_clip_low: float = option(0.2, "the ratio is clipped at 1 - this")
+    ratio_clip_high: float = option(0.3, "the ratio is clipped at 1 + this (DAPO, arXiv 2503.14476)")
+    dual_clip: float = option(3.0, "largest ratio of negative advantages, 0 = none (arXiv 1912.09729)")
+    clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, or fg-clip:folder")
+    cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward")
+    cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
+    eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
+    eval_temperature: float = option(0.5, "of the sampled responses")
+    threads: int = option(0, "CPU threads per process; 0 = the cores, shared by the processes")
+    fast: bool = option(True, "share prompts within groups (FAST_FAMILIES); off: generate, plain forwards")
+    mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no")
+    micro_batch_size: int = option(8, "responses per forward and backward; lower it first if memory runs out")
+    generate_batch_size: int = option(128, "responses generated at once per process")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
 
 
 STAGES = {  # the paper's settings where a stage departs from the defaults above
-    "warmup": dict(learning_rate=1e-5, lr_schedule="cosine", lr_warmup=0.1, weight_decay=0.0, epochs=2, freeze_vision=True),
-    "sample": dict(max_pixels=4_194_304, max_prompt_length=8192),  # [10]
-    "perception": dict(rollout_batch_size=560, update_batch_size=112),
+    "warmup": dict(learning_rate=1e-5, epochs=2, freeze_vision=True, batch_size=128, update_batch_size=128,
+                   max_length=4096),
+    "perception": dict(batch_size=560, update_batch_size=112),
     "reasoning": dict(epochs=2),
-    "evaluate": dict(),
-    "dryrun": dict(rollout_batch_size=560, update_batch_size=112),  # as perception
-}
+    "dryrun": dict(batch_size=560, update_batch_size=112, max_steps=2),
+}  # fmt: skip
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
-    "": dict(mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64, generate_batch_size=1024, max_prompt_length=64,
-             max_new_tokens=128, prompt_file="toy", cosine_hi=0.9, eval_samples=4, eval_temperature=1.0),
-    "dryrun": dict(max_prompt_length=128, rollout_batch_size=32, update_batch_size=16),
-    "warmup": dict(learning_rate=2e-3, sft_batch_size=32, max_steps=1000, freeze_vision=False),
-    "perception": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=30),
-    "reasoning": dict(learning_rate=1e-4, rollout_batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
+    "all": dict(model="{toy}/model", train_data="{toy}/train.json", sft_data="{toy}/sft.json",
+                test_data="{toy}/test.json", clip_model="local-dir:{toy}/clip", cosine_hi=0.9,
+                prompt_file="{toy}/prompt.txt", max_length=64, max_new_tokens=128, eval_samples=4,
+                eval_temperature=1.0, mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
+                generate_batch_size=1024),
+    "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=1000,
+                   freeze_vision=False, max_length=256),
+    "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=30),
+    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
+    "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
 }  # fmt: skip
-TOY_PATHS = {  # what "toy" stands for in these fields
-    "model": "{}/model", "train_data": "{}/train.json", "sft_data": "{}/sft.json", "test_data": "{}/test.json",
-    "clip_model": "local-dir:{}/clip", "prompt_file": "{}/prompt.txt",
-}  # fmt: skip
-ALWAYS = "seed image_root min_pixels max_pixels max_prompt_length skip_bad_rows trust_remote_code mixed_precision engine"
-SAMPLING = ALWAYS + " group_size temperature top_p max_new_tokens"
-TRAINING = " learning_rate lr_schedule lr_warmup weight_decay grad_clip epochs max_steps freeze_vision"
-GRPO_ONLY = " rollout_batch_size update_batch_size " + " ".join(
-    f.name for f in fields(Config) if f.metadata["group"] == GRPO
-)
-SETTINGS = {  # what a stage reads, and what must not change between its start and its end (its inputs: see fingerprint)
-    "warmup": ALWAYS + TRAINING + " sft_batch_size max_sft_length warmup_cases",
-    "sample": SAMPLING,
-    "perception": SAMPLING + TRAINING + GRPO_ONLY + " clip_model cosine_lo cosine_hi keyword_precision",
-    "reasoning": SAMPLING + TRAINING + GRPO_ONLY,
-    "dryrun": "",
-    "evaluate": ALWAYS + " top_p max_new_tokens clip_model cosine_lo cosine_hi eval_samples eval_temperature benchmark",
-}
-FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # models with get_rope_index and explicit (3, B, T) positions
-PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-MARK_IDS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # families that head_logprobs cannot follow
-LEAVE = 7 / 8  # so many or fewer rows of a decoding batch still going: the others leave it
-ROOM = 64  # tokens that a response's part of the KV cache has room for at first; full, the room doubles
-PICTURE_THREADS = 4  # open and process pictures; most of that work releases the interpreter's lock
-LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
-VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector.")  # in names of parameters
+ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
+STAGE_REWARDS["dryrun"] = STAGE_REWARDS["perception"]
 
 
 class ConfigError(ValueError):
-    """A flag, or a combination of flags or of folders, that cannot work; says what to change."""
+    """A flag, or a combination of flags or folders, that cannot work; says what to change."""
 
 
-def parse_flags(argv: list[str]) -> dict:
-    """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
-    parser = argparse.ArgumentParser(
-        usage="accelerate launch pebr.py --stage STAGE [--flag value ...]",
-        description=__doc__.split("\n\nWhere this departs")[0],
-        epilog="Defaults are the paper's; a stage's own settings and the toy's (--model toy) replace them, flags replace those.\n"
-        "Stages that have to be made first get the flags too, except the group 'training'.",
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Config))}
-    for f in fields(Config):
-        text = f"{f.metadata['help']} [{f.default}]" if f.default != "" else f.metadata["help"]
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        groups[f.metadata["group"]].add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
-    return vars(parser.parse_args(argv))
+def resolve(stage: str, flags: dict, named: bool = True) -> Config:
+    """Config of a stage: paper < stage < toy < flags. named: by --stage, so the training flags are for it."""
+    settings = {"stage": stage, **STAGES.get(stage, {})}
+    if flags.get("model", "toy") == "toy":
+        folder = str(Path(flags.get("run_dir", Config.run_dir), "toy"))
+        toy = TOY["all"] | TOY.get(stage, {})
+        settings |= {name: v.replace("{toy}", folder) if isinstance(v, str) else v for name, v in toy.items()}
+    for name in flags.keys() - {"stage"}:
+        if flags[name] != "toy" and (named or not Config.__dataclass_fields__[name].metadata["training"]):
+            settings[name] = flags[name]
+    return Config(**settings)
 
 
-def resolve(stage: str, flags: dict, asked: bool = True) -> Config:
-    """Config of one stage: paper < stage < toy < flags. A stage nobody asked for does not get the `training` flags."""
-    cfg = replace(Config(), **STAGES[stage])
-    if flags.get("model", cfg.model) == "toy":
-        cfg = replace(cfg, **{**TOY[""], **TOY.get(stage, {})})
-    group = {f.name: f.metadata["group"] for f in fields(Config)}
-    cfg = replace(cfg, **{name: value for name, value in flags.items() if asked or group[name] != TRAIN})
-    if cfg.model != "toy" and "train_data" not in flags:
-        cfg = replace(cfg, train_data="")  # the toy's questions are for its own model, unless they are asked for
-    toy_data = {
-        name: "toy" for name in ("sft_data", "test_data", "clip_model") if not getattr(cfg, name) and cfg.train_data == "toy"
-    }
-    cfg = replace(cfg, stage=stage, **toy_data)
-    return replace(
-        cfg,
-        **{name: path.format(Path(cfg.run_dir, "toy")) for name, path in TOY_PATHS.items() if getattr(cfg, name) == "toy"},
-    )
+# ------------------------------------------------------------------------------------------------------------
+# Policy: a Hugging Face vision-language model, its processor, and questions as tensors
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy: a Hugging Face vision-language model, its processor, and prompts as tensors
+FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # with get_rope_index and explicit positions (3, B, T)
+MARK_IDS = "image_token_id image_token_index video_token_id vision_start_token_id vision_end_token_id".split()
+SCALED_LOGITS = ["final_logit_softcapping", "logit_scale", "logits_scaling"]  # head_logprobs does not follow
+VISION = ["visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector."]  # in names
 
 
 @dataclass
 class Prompt:
-    """One question, ready for the model. `inputs`: what the processor returned for it alone, batch dimension 1."""
+    """One question, ready for the model. `inputs`: what the processor returned for it alone, on the CPU."""
 
     row: Row
     images: list  # PIL, for CLIP
     inputs: dict[str, torch.Tensor]
-    position: int = 0  # of the question in the step or the file: what its rollouts are seeded by, on whatever process
+    position: int = 0  # in its step or file; its rollouts are seeded by it, on whatever process
+
+
+@dataclass
+class Rollout:
+    """A response to a prompt, the policy's or (warm-up) the teacher's. Tensors are on the CPU."""
+
+    prompt: Prompt
+    tokens: torch.Tensor  # (C,) ids, the end token included if there is one
+    text: str = ""
+    truncated: bool = False  # no end token within max_new_tokens
+    old_logprobs: torch.Tensor | None = None  # (C,) under the policy that sampled, at its temperature
 
 
 class Policy(torch.nn.Module):
-    """A vision-language model with its processor. Called like a function, it gives the log-probs of completions: because
-    that is its forward, DDP and FSDP see one ordinary module call."""
+    """A vision-language model and its processor. Its forward gives log-probs: DDP and FSDP see one call."""
 
     def __init__(self, model, processor, fast: bool):
         super().__init__()
         self.model, self.processor, self.fast = model, processor, fast
         tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        ends = ends if isinstance(ends, list) else [ends]
-        self.end_ids = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))  # every one of them ends a response
+        ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+        self.end_ids = list(dict.fromkeys(i for i in ends if i is not None))  # each of them ends a response
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # Image, video and vision marks are never sampled: without a picture behind it, one crashes the training forward.
+        # Picture marks are never sampled: without a picture behind it, one crashes the training forward.
         self.banned_ids = sorted({getattr(model.config, name, None) for name in MARK_IDS} - {None})
-        # The folder's generation_config.json (repetition penalty, top-k ...) must not leak into rollouts; it is kept for saving.
+        # The folder's generation_config (repetition penalty ...) must not leak into rollouts.
         self.saved_generation_config = model.generation_config
         model.generation_config = GenerationConfig(pad_token_id=self.pad_id)
 
-    @property
-    def device(self):
-        return self.model.device
+    def forward(self, rollouts: list[Rollout], temperature: float):
+        """Log-probs of the responses' tokens at the temperature they were sampled with, and exact entropy.
 
-    def forward(self, prompts: list[Prompt], completions: list[torch.Tensor], temperature: float):
-        """Log-probs of the completion tokens at the temperature they were sampled with, and the exact entropy there.
-
-        completions: (C_i,) ids, those of one prompt next to each other. Returns logprobs (B, C) with gradient, entropy (B, C)
-        without, mask (B, C). Softmax over the whole vocabulary in float32, before the ban and before top-p.
+        rollouts: B responses, those to one prompt side by side. Returns logprobs (B, C) with gradient,
+        entropy (B, C) without, mask (B, C). Float32 softmax over the whole vocabulary, before ban and top-p.
         """
-        completions = [c.cpu() for c in completions]  # DDP and FSDP move them to the GPU, but not the prompts
-        lengths = torch.tensor([len(c) for c in completions], device=self.device)
-        mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, C)
-        hidden = (packed_states if self.fast else plain_states)(self, prompts, completions)  # (tokens, D)
-        ids, head = torch.cat(completions).to(self.device), self.model.get_output_embeddings()
-        # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB in float32.
-        chunks = [checkpoint(head_logprobs, head, h, i, temperature, use_reentrant=False)
-                  for h, i in zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))]  # fmt: skip
-        logprobs, entropy = (torch.cat(values) for values in zip(*chunks))  # (tokens,)
-        if torch.distributed.is_initialized():
-            # Processes exchange the vision tower's gradient, whether their batch had pictures or not.
+        hidden = (packed_states if self.fast else plain_states)(self, rollouts)  # (tokens, D)
+        ids = torch.cat([r.tokens for r in rollouts]).to(accelerator.device)
+        # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB.
+        score = functools.partial(head_logprobs, self.model.get_output_embeddings(), temperature=temperature)
+        chunks = zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))
+        scored = [checkpoint(score, states, chunk, use_reentrant=False) for states, chunk in chunks]
+        logprobs, entropy = (torch.cat(values) for values in zip(*scored))  # (tokens,)
+        if accelerator.num_processes > 1:  # the vision tower has a gradient also in a batch without pictures
             logprobs = logprobs + 0.0 * sum(p.sum() for p in vision_parameters(self.model) if p.requires_grad)
-        zeros = torch.zeros(mask.shape, device=self.device)
+        lengths = torch.tensor([len(r.tokens) for r in rollouts], device=accelerator.device)
+        mask = torch.arange(int(lengths.max()), device=accelerator.device) < lengths[:, None]  # (B, C)
+        zeros = torch.zeros(mask.shape, device=accelerator.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
 
-    def generate(self, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
-        """n responses to each prompt (see decode). A method, because FSDP has to see it as a forward of this module."""
-        return (decode if self.fast else decode_plain)(self, prompts, n, cfg, choose, noise)
+    def generate(self, prompts: list[Prompt], n: int, max_new_tokens: int, choose, noise) -> list:
+        """n responses to each prompt (see decode). A method, because FSDP has to see it as a forward."""
+        return (decode if self.fast else decode_plain)(self, prompts, n, max_new_tokens, choose, noise)
 
 
 def load_policy(path: str, cfg: Config) -> Policy:
-    """Any AutoModelForImageTextToText folder or hub id, in float32; safetensors only, and no code from the folder unless
-    --trust_remote_code. Raises ConfigError for anything else.
+    """Any AutoModelForImageTextToText folder or hub id, from safetensors. Raises ConfigError.
 
-    Never bf16 weights: at lr 1e-6 a bf16 weight is too coarse to move at all; bf16 compute comes from accelerate.
+    In float32: at lr 1e-6 a bf16 weight is too coarse to move at all. bf16 compute comes from accelerate.
     """
-    kwargs, found = dict(trust_remote_code=cfg.trust_remote_code), {}
+    options = dict(trust_remote_code=cfg.trust_remote_code)
     try:
-        processor = AutoProcessor.from_pretrained(path, **kwargs)
-        if not hasattr(processor, "tokenizer"):  # where transformers finds no processor, it takes the tokenizer for one
-            raise ValueError("it has no processor for pictures and text")
-        if cfg.random_init:
-            config = AutoConfig.from_pretrained(path, **kwargs)
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        else:
-            kwargs |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # see check_policy
-            model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **kwargs)
+        processor = AutoProcessor.from_pretrained(path, **options)
+        options |= dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        model, found = AutoModelForImageTextToText.from_pretrained(path, **options)
     except Exception as error:  # transformers, tokenizers and safetensors raise whatever goes wrong in them
-        if out_of_memory(error):
+        if should_reduce_batch_size(error):
             raise
-        message = f"cannot load a vision-language model from {path} ({told(error)}): {folder_advice(path, error)}"
-        raise ConfigError(message) from None
-    mismatched = [name for name, *_ in found.get("mismatched_keys", [])]
-    check_policy(path, model, processor, sorted(found.get("missing_keys", [])) + mismatched)
-    scaled = [name for name in SCALED_LOGITS if getattr(model.config.get_text_config(), name, None) not in (None, 1)]
-    if scaled:
-        raise ConfigError(
-            f"{path}: its logits are changed after the last layer ({', '.join(scaled)}), which log-probs here do not follow"
-        )
-    windows = "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
-    fast = cfg.engine == "auto" and model.config.model_type in FAST_FAMILIES and not windows
+        raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from error
+    text = model.config.get_text_config()
+    if found["missing_keys"]:  # transformers goes on with random ones
+        raise ConfigError(f"{path}: its weights lack {min(found['missing_keys'])}")
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
+        raise ConfigError(f"{path}: no processor with a chat template")
+    if scaled := [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1)]:
+        raise ConfigError(f"{path}: {scaled[0]} changes its logits, which log-probs here do not follow")
+    windows = "sliding_attention" in (getattr(text, "layer_types", None) or [])
+    fast = cfg.fast and model.config.model_type in FAST_FAMILIES and not windows
     if fast:
         model.config.text_config._attn_implementation = "shared_prefix"
-        model.config.vision_config._attn_implementation = "flash_windows"
-    return Policy(model, processor, fast)
-
-
-def save_policy(policy: Policy, accelerator: Accelerator, model, folder: Path) -> None:
-    """A complete Hugging Face folder, in float32 so that the next stage goes on from the exact weights."""
-    state = accelerator.get_state_dict(model)  # collective: on every process
-    state = {name.removeprefix("model."): value for name, value in state.items()}  # of the Hugging Face model inside
-    if accelerator.is_main_process:
-        clean, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
-        policy.model.save_pretrained(folder, state_dict=state)
-        policy.processor.save_pretrained(folder)
-        policy.model.generation_config = clean
+        if accelerator.device.type == "cuda" and cfg.mixed_precision == "bf16":
+            model.config.vision_config._attn_implementation = "varlen_flash"
+    policy = Policy(model, processor, fast)
+    if cfg.stage == "dryrun":  # every response at full length
+        policy.banned_ids += policy.end_ids
+    return policy
 
 
 def vision_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -416,141 +289,99 @@ def vision_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for name, p in model.named_parameters() if any(part in name for part in VISION)]
 
 
-def freeze_vision(model: torch.nn.Module) -> None:
-    frozen = vision_parameters(model)
-    if not frozen:
-        raise ConfigError(f"--freeze_vision: no {', '.join(VISION)} in {type(model).__name__}; use --no-freeze_vision")
-    for p in frozen:
-        p.requires_grad_(False)
-
-
-def processor_inputs(processor, row: Row, images: list, instruction: str) -> dict[str, torch.Tensor]:
-    """Render the chat template, run the processor: what the model's forward takes, batch dimension 1."""
-    text = processor.apply_chat_template(chat_messages(row, instruction), tokenize=False, add_generation_prompt=True)
-    # The template has written the special tokens already; the tokenizer must not add a second set.
-    return dict(processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False))
-
-
-def encode_prompt(policy: Policy, row: Row, cfg: Config, instruction: str, position: int = 0) -> Prompt:
-    """Open the row's pictures, make the processor's inputs.
-
-    Raises DataError for what the processor or the chat template refuses, for a text that holds the model's own mark of a
-    picture, and for a prompt that is too long (RL rows; the warm-up limits prompt and response together).
-    """
-    texts = [row.response] + [part.get("text", "") for m in chat_messages(row, instruction) for part in m["content"]]
-    for mark in filter(None, policy.processor.tokenizer.convert_ids_to_tokens(policy.banned_ids)):
-        if any(mark in text for text in texts):
-            raise DataError(f"its text holds {mark}, which the model takes for a picture: only {IMAGE_MARK} marks one")
-    images = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
+def encode_prompt(policy: Policy, row: Row, cfg: Config, position: int = 0) -> Prompt:
+    """Open the row's pictures, render the chat template, run the processor. Raises DataError with the row."""
+    processor, messages = policy.processor, chat_messages(row, read_instruction(cfg.prompt_file))
     try:
-        inputs = processor_inputs(policy.processor, row, images, instruction)
-    except (ValueError, TemplateError) as error:
-        raise DataError(f"the processor refuses it ({error})") from None
-    length = inputs["input_ids"].shape[1]
-    if not row.response and length > cfg.max_prompt_length:
-        raise DataError(
-            f"prompt has {length} tokens, --max_prompt_length is {cfg.max_prompt_length}: raise it or lower --max_pixels"
-        )
-    return Prompt(row, images, inputs, position)
+        for mark in processor.tokenizer.convert_ids_to_tokens(policy.banned_ids):
+            if mark in f"{messages}{row.response}":  # the model would look for a picture behind it
+                raise DataError(f"its text holds {mark}; only {IMAGE_MARK} marks a picture")
+        images = [load_image(path, cfg.max_pixels) for path in row.images]
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens already; the tokenizer must not add a second set.
+        inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
+    except Exception as error:  # templates and processors raise what they like
+        raise DataError(f"{row.where}: {error}") from error
+    return Prompt(row, images, dict(inputs), position)
 
 
-def encode_response(policy: Policy, text: str) -> torch.Tensor:
-    """(C,) token ids of a response and its end token: what the warm-up learns, no more and no less."""
-    return torch.tensor(
-        policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.processor.tokenizer.eos_token_id]
-    )
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # the rest is of pictures
 
 
-def collate(prompts: list[Prompt], completions: list[torch.Tensor] | None, pad_id: int, device) -> dict[str, torch.Tensor]:
-    """One batch [padding, prompt | completion, padding], so that completions start in the same column in every row.
+def collate(prompts: list[Prompt], completions: list[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
+    """One batch [padding, prompt | completion, padding]: completions start in the same column in every row.
 
-    completions: (C_i,) ids or None. Per-token tensors get shape (B, T + C); pictures are concatenated whole, one run of
-    patches per image, because repeating or cutting them by rows would mix pictures up.
+    completions: (C_i,) ids, or none at all. Per-token tensors become (B, T + C). Pictures are concatenated
+    whole: to repeat or cut them by rows would mix their patches up.
     """
     batch = {}
     for name in dict.fromkeys(name for p in prompts for name in p.inputs):
         values = [p.inputs[name] for p in prompts if name in p.inputs]
-        if all(p.inputs[name].shape == p.inputs["input_ids"].shape for p in prompts if name in p.inputs):  # ids, mask, types
-            fill = pad_id if name == "input_ids" else 0
-            batch[name] = pad_sequence([value[0] for value in values], True, fill, padding_side="left")  # (B, T)
-            if completions:
-                tails = {"input_ids": completions, "attention_mask": [torch.ones_like(c) for c in completions]}
-                tails = tails.get(name, [torch.zeros_like(c) for c in completions])
-                batch[name] = torch.cat([batch[name], pad_sequence(tails, True, fill)], 1)  # (B, T + C)
-        else:
+        if name not in PER_TOKEN:
             batch[name] = torch.cat(values)
-    return {name: value.to(device) for name, value in batch.items()}
+            continue
+        fill = pad_id if name == "input_ids" else 0
+        batch[name] = pad_sequence([value[0] for value in values], True, fill, padding_side="left")  # (B, T)
+        if completions:
+            tail = {"input_ids": lambda c: c, "attention_mask": torch.ones_like}.get(name, torch.zeros_like)
+            tails = pad_sequence([tail(c) for c in completions], True, fill)
+            batch[name] = torch.cat([batch[name], tails], 1)  # (B, T + C)
+    return batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(accelerator.device) for name, value in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Rollout
 
-
-@dataclass
-class Rollout:
-    """One response of the policy to one prompt, and what became of it."""
-
-    prompt: Prompt
-    tokens: torch.Tensor  # (C,) sampled ids, the end token included if there is one
-    text: str
-    truncated: bool  # no end token within max_new_tokens
-    old_logprobs: torch.Tensor  # (C,) under the policy that sampled, full softmax at the rollout temperature
-    parts: dict = field(default_factory=dict)  # of the reward
-    reward: float = 0.0
-    advantage: float = 0.0
-    ref_logprobs: torch.Tensor | None = None  # (C,) under the stage's start model
+NOISE = 8  # uniform random numbers for a token: one, and one each time that top-p refuses
+GOING = 7 / 8  # when no more than this share of a decoding batch is still going, the ended rows leave it
 
 
 @torch.no_grad()
-def generate_rollouts(
-    policy: Policy, prompts: list[Prompt], n: int, cfg: Config, accelerator, temperature: float, seed: str = ""
-) -> list[Rollout]:
-    """n responses to each prompt, those of a prompt next to each other. temperature 0 is greedy.
+def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, seed: str) -> list[Rollout]:
+    """n responses to each prompt, those to one prompt side by side. cfg.temperature 0 is greedy.
 
-    What is sampled follows from `seed` and the prompts' positions, not from the batch or the process that they are in.
+    What is sampled follows from `seed` and the prompts' positions, not from the batch or process they are in.
     """
     policy.eval()
-    rollouts, size = [], generate_batch_size(policy, cfg, accelerator, n) // n
-    with gathered(policy):
-        for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            noise = torch.stack([row_noise(f"{seed} {prompt.position} {i}", cfg) for prompt in chunk for i in range(n)])
-            choose = functools.partial(sample_tokens, temperature=temperature, top_p=cfg.top_p, banned=policy.banned_ids)
-            with accelerator.autocast():
-                sampled = policy.generate(chunk, n, cfg, choose, noise.to(policy.device))
+    how = dict(temperature=cfg.temperature, top_p=cfg.top_p, banned=policy.banned_ids)
+    choose = functools.partial(sample_tokens, **how)
+    rollouts = []
+    with gathered(policy), accelerator.autocast():
+        for chunk in in_batches(prompts, max(1, cfg.generate_batch_size // n)):
+            seeds = [f"{cfg.seed} {seed} {prompt.position} {i}" for prompt in chunk for i in range(n)]
+            noise = [torch.rand(cfg.max_new_tokens, NOISE, generator=seeded(seed)) for seed in seeds]
+            noise = torch.stack(noise).to(accelerator.device)
+            sampled = policy.generate(chunk, n, cfg.max_new_tokens, choose, noise)
             for i, (tokens, logprobs) in enumerate(sampled):
                 text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-                rollouts.append(Rollout(chunk[i // n], tokens, text, tokens[-1].item() not in policy.end_ids, logprobs))
+                truncated = tokens[-1].item() not in policy.end_ids
+                rollouts.append(Rollout(chunk[i // n], tokens, text, truncated, logprobs))
     policy.train()
     return rollouts
 
 
-def row_noise(seed: str, cfg: Config) -> torch.Tensor:
-    """(max_new_tokens, 8) uniform random numbers of one response: a token takes one, and another for each time top-p refuses."""
-    return torch.rand(
-        cfg.max_new_tokens, 8, generator=torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed} {seed}".encode()))
-    )
-
-
-def decode_plain(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
+def decode_plain(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int, choose, noise) -> list:
     """transformers' generate, for any model, with our own choice of tokens. Returns what decode returns."""
-    batch, logprobs = collate(prompts, None, policy.pad_id, policy.device), []
+    batch, logprobs = to_device(collate(prompts, [], policy.pad_id)), []
 
     def only_the_chosen(ids, logits):  # a logits processor: (rows, tokens so far), (rows, V) -> (rows, V)
         tokens, chosen = choose(logits, noise[:, len(logprobs)])
         logprobs.append(chosen)
         return torch.full_like(logits, float("-inf")).scatter(1, tokens[:, None], 0.0)
 
-    ids = policy.model.generate(
-        **batch, do_sample=True, top_k=0, num_return_sequences=n, max_new_tokens=cfg.max_new_tokens,
-        logits_processor=LogitsProcessorList([only_the_chosen]), eos_token_id=policy.end_ids, pad_token_id=policy.pad_id,
-    )[:, batch["input_ids"].shape[1] :].cpu()  # fmt: skip
-    return cut_at_end(ids, torch.stack(logprobs, 1).cpu(), policy.end_ids)
+    batch |= dict(eos_token_id=policy.end_ids, pad_token_id=policy.pad_id, max_new_tokens=max_new_tokens)
+    ours = dict(do_sample=True, top_k=0, logits_processor=LogitsProcessorList([only_the_chosen]))
+    ids = policy.model.generate(**batch, **ours, num_return_sequences=n)[:, batch["input_ids"].shape[1] :]
+    return cut_at_end(ids.cpu(), torch.stack(logprobs, 1).cpu(), policy.end_ids)
 
 
 def cut_at_end(ids: torch.Tensor, logprobs: torch.Tensor, end_ids: list[int]) -> list:
-    """ids, logprobs (rows, longest) -> [((C,), (C,))], up to and with the first end token. From positions, not from padding,
-    which may be an end token too."""
+    """ids, logprobs (rows, longest) -> [((C,), (C,))], up to and with the first end token. From positions:
+    the padding may be an end token, too."""
     ends = torch.isin(ids, torch.tensor(end_ids))
     lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, ids.shape[1]).tolist()
     return [(tokens[:n], values[:n]) for tokens, values, n in zip(ids, logprobs, lengths)]
@@ -558,26 +389,17 @@ def cut_at_end(ids: torch.Tensor, logprobs: torch.Tensor, end_ids: list[int]) ->
 
 @dataclass
 class GroupCache:
-    """Keys and values of a decoding batch: those of each prompt once, however many responses follow it, and each response's own."""
+    """Keys and values of a decoding batch: each prompt's once for all its responses, and each response's."""
 
-    prompts: list[tuple[torch.Tensor, torch.Tensor]]  # of each layer (P, kv heads, T, dim)
+    prompts: list[tuple[torch.Tensor, torch.Tensor]]  # per layer (P, kv heads, T, dim)
     bias: torch.Tensor  # (P, 1, 1, T): 0, or -inf where a prompt is padded
     n: int  # responses to a prompt
     slot: torch.Tensor  # (rows,): row r is response slot % n to prompt slot // n
-    own: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # of each layer (rows, kv heads, room, dim)
-
-    def append(self, layer: int, step: int, key: torch.Tensor, value: torch.Tensor):
-        """Takes the new token's key and value (rows, kv heads, 1, dim), gives those of the response so far."""
-        if layer == len(self.own):
-            self.own.append(tuple(x.new_zeros(*x.shape[:2], ROOM, x.shape[3]) for x in (key, value)))
-        if step == self.own[layer][0].shape[2]:  # doubled: growing by a constant fragments a GPU's memory
-            self.own[layer] = tuple(torch.cat([x, torch.zeros_like(x)], 2) for x in self.own[layer])
-        keys, values = self.own[layer]
-        keys[:, :, step], values[:, :, step] = key[:, :, 0], value[:, :, 0]
-        return keys[:, :, : step + 1], values[:, :, : step + 1]
+    own: list[tuple[torch.Tensor, torch.Tensor]]  # per layer (rows, kv heads, max_new_tokens, dim)
+    step: int = 0  # tokens of the responses before this one
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows go on, and only the prompts that they follow. Layer by layer, so that there are never two caches."""
+        """Only these rows go on, and only their prompts. Layer by layer, so there are never two caches."""
         used, prompt = (self.slot[rows] // self.n).unique(return_inverse=True)
         self.slot = prompt * self.n + self.slot[rows] % self.n
         for i, (keys, values) in enumerate(self.own):
@@ -588,59 +410,63 @@ class GroupCache:
                 self.prompts[i] = keys[used], values[used]
 
 
-def prefill(policy: Policy, prompts: list[Prompt], n: int) -> tuple[torch.Tensor, torch.Tensor, GroupCache]:
-    """One forward over P prompts. Returns the logits (P, V) and the position (P, 1) of what comes next, and the cache."""
-    batch, rows = collate(prompts, None, policy.pad_id, policy.device), len(prompts) * n
-    positions, next_position = rope_positions(policy, batch)
-    padding = batch["attention_mask"][:, None, None] == 0
-    batch.pop("mm_token_type_ids", None)  # positions are given, so the model has no use for them
-    out = policy.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+def prefill(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int):
+    """One forward over P prompts. Returns the next token's logits (P, V) and position (P, 1), and the cache:
+    allocated whole, so what fits at a response's first token fits at its last."""
+    batch, positions, next_position = position_prompts(policy, prompts)
+    batch = to_device({**batch, "position_ids": positions})
+    del batch["mm_token_type_ids"]  # with positions given, the model has no use for them
+    out = policy.model(**batch, use_cache=True, logits_to_keep=1)
     dtype = out.logits.dtype  # under autocast the cache is float32: its keys come from the rotary embedding
     layers = [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in out.past_key_values.layers]
-    bias = torch.zeros(padding.shape, device=policy.device).masked_fill(padding, float("-inf"))
-    return out.logits[:, -1], next_position, GroupCache(layers, bias, n, torch.arange(rows, device=policy.device))
+    rows, (_, heads, _, dim) = len(prompts) * n, layers[0][0].shape
+    own = [tuple(x.new_zeros(rows, heads, max_new_tokens, dim) for x in layer) for layer in layers]
+    padding = batch["attention_mask"][:, None, None] == 0  # (P, 1, 1, T)
+    bias = torch.zeros(padding.shape, device=accelerator.device).masked_fill(padding, float("-inf"))
+    cache = GroupCache(layers, bias, n, torch.arange(rows, device=accelerator.device), own)
+    return out.logits[:, -1], next_position.to(accelerator.device), cache
 
 
-def decode(policy: Policy, prompts: list[Prompt], n: int, cfg: Config, choose, noise: torch.Tensor) -> list:
-    """Prefill each prompt and its pictures once [11], decode n responses to each against that one KV cache. Rows that have ended
-    leave together, an eighth of the batch at a time: each leaving copies the cache.
+def decode(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int, choose, noise) -> list:
+    """Prefill each prompt and its pictures once [11], decode n responses to each against that one KV cache.
 
     choose: logits (B, V), noise (B, 8) -> tokens (B,), log-probs (B,). noise: (P * n, max_new_tokens, 8).
-    Returns [((C,) tokens, (C,) log-probs)] for P * n responses. Positions are explicit, so nothing stays on the model.
+    Returns [((C,) tokens, (C,) log-probs)] for P * n responses. A row that has ended goes on until an eighth
+    of the batch can leave together, because leaving copies the cache; cut_at_end drops its surplus.
     """
-    logits, next_position, cache = prefill(policy, prompts, n)
-    logits, next_position = logits.repeat_interleave(n, 0), next_position.repeat_interleave(n, 0)  # (P * n, V), (P * n, 1)
-    # tokens, ended, next_position and the cache have an entry for each row in alive. A row that has ended but not yet left
-    # goes on sampling; cut_at_end drops that.
-    alive, ends = cache.slot, torch.tensor(policy.end_ids, device=policy.device)
+    logits, next_position, cache = prefill(policy, prompts, n, max_new_tokens)
+    logits, next_position = logits.repeat_interleave(n, 0), next_position.repeat_interleave(n, 0)
+    alive, ends = cache.slot, torch.tensor(policy.end_ids, device=logits.device)  # alive: rows in the batch
     ended, logprobs = torch.zeros_like(alive, dtype=torch.bool), torch.zeros_like(noise[..., 0])
     sampled = torch.zeros_like(logprobs, dtype=torch.long)  # (P * n, max_new_tokens)
-    for step in range(cfg.max_new_tokens):
+    for step in range(max_new_tokens):
         tokens, chosen = choose(logits, noise[alive, step])  # (alive,)
         sampled[alive, step], logprobs[alive, step] = tokens, chosen
         ended = ended | torch.isin(tokens, ends)
         going = (~ended).nonzero()[:, 0]
-        if len(going) == 0 or step == cfg.max_new_tokens - 1:
+        if len(going) == 0 or step == max_new_tokens - 1:
             break
-        if len(going) <= LEAVE * len(alive):
-            alive, ended, tokens, next_position = alive[going], ended[going], tokens[going], next_position[going]
+        if len(going) <= GOING * len(alive):
+            alive, ended, tokens, next_position = (x[going] for x in (alive, ended, tokens, next_position))
             cache.keep(going)
-        logits = policy.model(
-            input_ids=tokens[:, None], position_ids=(next_position + step).expand(3, -1, -1), group_cache=cache, decode_step=step,
-            use_cache=False, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+        cache.step = step
+        inputs = {"input_ids": tokens[:, None], "position_ids": (next_position + step).expand(3, -1, -1)}
+        logits = policy.model(**inputs, group_cache=cache, use_cache=False).logits[:, -1]
     return cut_at_end(sampled.cpu(), logprobs.cpu(), policy.end_ids)
 
 
-def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, step: int):
-    """Attention of one new token a row to its prompt and to its own response. query (rows, heads, 1, dim), key and value
-    (rows, kv heads, 1, dim) -> (rows, 1, heads, dim). All rows of a prompt meet its keys in one matrix product: the keys are
-    neither repeated nor read n times."""
+def decode_attention(query, key, value, scaling: float, cache: GroupCache, layer: int):
+    """Attention of a new token to its prompt and its own response. query (rows, heads, 1, dim), key and value
+    (rows, kv heads, 1, dim) -> (rows, 1, heads, dim). All rows of a prompt meet its keys in one product: they
+    are neither repeated nor read n times."""
     prompt_keys, prompt_values = cache.prompts[layer]
-    keys, values = cache.append(layer, step, key.to(value.dtype), value)  # (rows, kv heads, L, dim)
-    query = query.to(value.dtype)[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (rows, kv heads, R, dim)
+    keys, values = cache.own[layer]
+    keys[:, :, cache.step], values[:, :, cache.step] = key[:, :, 0].to(value.dtype), value[:, :, 0]
+    keys, values = keys[:, :, : cache.step + 1], values[:, :, : cache.step + 1]  # (rows, kv heads, L, dim)
+    query = (query * scaling).to(value.dtype)[:, :, 0]  # (rows, heads, dim)
+    query = query.unflatten(1, (keys.shape[1], -1))  # (rows, kv heads, R, dim)
 
-    def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); places of rows that have left are 0
+    def by_prompt(x):  # (rows, kv heads, R, k) -> (P, kv heads, n * R, k); 0 where a row has left
         placed = x.new_zeros(len(cache.bias) * cache.n, *x.shape[1:])
         placed[cache.slot] = x
         return placed.unflatten(0, (-1, cache.n)).transpose(1, 2).flatten(2, 3)
@@ -648,99 +474,51 @@ def decode_attention(query, key, value, scaling, cache: GroupCache, layer: int, 
     def by_row(x):  # and back
         return x.unflatten(2, (cache.n, -1)).transpose(1, 2).flatten(0, 1)[cache.slot]
 
-    prompt_scores = by_row(float32_scores(by_prompt(query), prompt_keys) + cache.bias)
-    scores = torch.cat([prompt_scores, float32_scores(query, keys)], -1)
-    weights = (scores * scaling).softmax(-1).to(value.dtype)
+    to_prompt = by_row(float_scores(by_prompt(query), prompt_keys) + cache.bias)
+    weights = torch.cat([to_prompt, float_scores(query, keys)], -1).softmax(-1).to(value.dtype)
     to_prompt, to_own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     out = by_row(by_prompt(to_prompt) @ prompt_values) + to_own @ values  # (rows, kv heads, R, dim)
     return out.flatten(1, 2)[:, None]
 
 
-def float32_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """query (B, kv heads, R, dim), keys (B, kv heads, L, dim) -> (B, kv heads, R, L) in float32, as the attention
-    of the training forward keeps them: rounding scores to bf16 moves a twentieth of the softmax at a score of 100.
-    On a GPU this takes no float32 copy of the cache."""
-    if query.is_cuda and query.dtype == torch.bfloat16:
-        product = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
-        return product.unflatten(0, keys.shape[:2])
+def float_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """query @ keys.mT in float32, as in the training forward; in bf16 a score of 50 would be off by 3 %."""
+    if query.is_cuda and query.dtype != torch.float32:  # without a float32 copy of the keys
+        scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return scores.unflatten(0, query.shape[:2])
     with torch.autocast("cpu", enabled=False):  # which would round them again
         return query.float() @ keys.float().mT
 
 
-def sample_tokens(
-    logits: torch.Tensor, noise: torch.Tensor, temperature: float, top_p: float, banned: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row of logits (B, V), chosen by noise (B, 8), and its log-prob under the full softmax at the temperature.
+def sample_tokens(logits, noise, temperature: float, top_p: float, banned: list[int]):
+    """One token per row of logits (B, V), chosen by noise (B, 8), and its log-prob: (B,), (B,). 0 = greedy.
 
-    That log-prob is what the training forward computes for the token: it is taken before the ban and before top-p.
-    temperature 0: the most likely token. Top-p by rejection, without sorting the vocabulary: a token is outside if more likely
-    ones hold top_p; then the row draws again, from those. After seven refusals, which takes a small top_p, it sorts what is left.
+    The log-prob is what the training forward computes for the token: before the ban and before top-p.
+    Top-p by rejection, without sorting the vocabulary: a token is out if more likely ones hold top_p; then
+    the row draws again, from those. After 8 refusals (of a small top_p only) it gets the most likely token.
     """
     logits = logits.float() / (temperature or 1.0)
     logprobs, allowed = logits.log_softmax(-1), logits.clone()
     allowed[:, banned] = float("-inf")
     tokens = allowed.argmax(-1)
-    if temperature:
-        p, rows = allowed.softmax(-1), torch.arange(len(logits), device=logits.device)
-        for u in noise.T[:-1]:
-            sums = p.cumsum(-1)
-            drawn = torch.searchsorted(sums, u[rows, None] * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
-            p_drawn = p.gather(-1, drawn)
-            more_likely = torch.where(p > p_drawn, p, 0.0)
-            # p_drawn > 0, because of rounding in the sum over the vocabulary
-            inside = (more_likely.sum(-1) < top_p) & (p_drawn[:, 0] > 0)
-            tokens[rows[inside]] = drawn[inside, 0]
-            p, rows = more_likely[~inside], rows[~inside]
-            if not len(rows):
-                break
-        else:  # some rows are left
-            ranked, order = p.sort(-1, descending=True)
-            sums = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0).cumsum(-1)
-            drawn = torch.searchsorted(sums, noise[rows, -1:] * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)
-            tokens[rows] = order.gather(-1, drawn)[:, 0]
+    p, rows = allowed.softmax(-1), torch.arange(len(logits) if temperature else 0, device=logits.device)
+    for u in noise.T:
+        if not len(rows):
+            break
+        sums = p.cumsum(-1)
+        drawn = torch.searchsorted(sums, u[rows, None] * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+        p_drawn = p.gather(-1, drawn)  # (rows, 1)
+        more_likely = torch.where(p > p_drawn, p, 0.0)
+        inside = (more_likely.sum(-1) < top_p) & (p_drawn[:, 0] > 0)  # > 0: the sums are rounded
+        tokens[rows[inside]] = drawn[inside, 0]
+        p, rows = more_likely[~inside], rows[~inside]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-def load_clip(cfg: Config, accelerator: Accelerator) -> ClipScorer:
-    try:
-        with accelerator.local_main_process_first():  # it downloads and converts, the others find that done
-            clip = ClipScorer(cfg.clip_model, cfg.clip_device or accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
-        if not math.isfinite(clip.cosines([[Image.new("RGB", (112, 112))]], ["a picture"])[0]):
-            raise ValueError("its embeddings are not finite: its weights are broken")
-    except Exception as error:  # open_clip raises whatever goes wrong in it
-        if out_of_memory(error):
-            raise
-        raise ConfigError(f"--clip_model {cfg.clip_model}: {told(error)}") from None
-    return clip
-
-
-def score_rollouts(rollouts: list[Rollout], clip: ClipScorer | None, vocabulary: frozenset = frozenset()) -> None:
-    """Fill in the reward parts (rewards.py). vocabulary: the stage's keywords, with --keyword_precision
-
-    Raises RewardError with the sample if a reward raises or is not a finite number: it is never a 0. [2]
-    """
-
-    def score(some):
-        parts = score_parts([r.prompt.row for r in some], [r.prompt.images for r in some], [r.text for r in some],
-                            [len(r.tokens) for r in some], clip, vocabulary)  # fmt: skip
-        for rollout, part in zip(some, parts):
-            rollout.parts = part
-            if not all(map(math.isfinite, rollout.parts.values())):
-                raise RewardError(rollout, f"not a finite number in {rollout.parts}")
-
-    try:
-        score(rollouts)
-    except Exception as error:
-        for rollout in [] if isinstance(error, RewardError) or out_of_memory(error) else rollouts:  # which one was it?
-            try:
-                score([rollout])
-            except Exception as alone:
-                raise RewardError(rollout, "".join(traceback.format_exception(alone)[-2:])) from alone
-        raise
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Log-probs
+
+LOGITS_CHUNK = 1024  # completion tokens whose logits are held at once
 
 
 def head_logprobs(head, hidden: torch.Tensor, ids: torch.Tensor, temperature: float):
@@ -751,33 +529,30 @@ def head_logprobs(head, hidden: torch.Tensor, ids: torch.Tensor, temperature: fl
     return logprobs.gather(-1, ids[:, None])[:, 0], entropy
 
 
-def plain_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
-    """(tokens, D): for every completion token, the state that predicts it. Any model; each response carries its prompt."""
-    batch = collate(prompts, completions, policy.pad_id, policy.device)
-    C = max(len(c) for c in completions)
+def plain_states(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
+    """(tokens, D): for every completion token, the state that predicts it; a prompt per response."""
+    lengths = [len(r.tokens) for r in rollouts]
+    batch = to_device(collate([r.prompt for r in rollouts], [r.tokens for r in rollouts], policy.pad_id))
     hidden = policy.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, T + C, D)
-    return torch.cat([row[: len(c)] for row, c in zip(hidden[:, -C - 1 : -1], completions)])
+    return torch.cat([row[:n] for row, n in zip(hidden[:, -max(lengths) - 1 : -1], lengths)])
 
 
-def packed_states(policy: Policy, prompts: list[Prompt], completions: list[torch.Tensor]) -> torch.Tensor:
-    """The same states from one row [prompt, c1 ... cG, next prompt, ...] without padding: a prompt and its pictures go through
-    the model once, however many completions follow it. [11] Which tokens see each other is shared_prefix_attention's business."""
-    groups = [list(group) for _, group in itertools.groupby(zip(prompts, completions), key=lambda pair: id(pair[0]))]
-    batch = collate([group[0][0] for group in groups], None, policy.pad_id, "cpu")  # left-padded, (P, T)
-    positions, next_position = rope_positions(policy, batch)  # (3, P, T), (P, 1)
+def packed_states(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
+    """The same states from one row [prompt, c1 ... cG, next prompt, ...] without padding: a prompt goes
+    through the model once for its completions [11]. shared_prefix_attention decides which tokens it sees."""
+    groups = [list(group) for _, group in itertools.groupby(rollouts, key=lambda r: id(r.prompt))]
+    batch, positions, next_position = position_prompts(policy, [group[0].prompt for group in groups])
     row_ids, row_positions, layout = [], [], []
     for i, group in enumerate(groups):
-        inputs = [c[:-1] for _, c in group]  # a completion's last token predicts nothing: it is no input
-        T, lengths = group[0][0].inputs["input_ids"].shape[1], [len(c) for c in inputs]
-        after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each directly follows the prompt
+        inputs = [r.tokens[:-1] for r in group]  # a completion's last token predicts nothing: it is no input
+        T, lengths = group[0].prompt.inputs["input_ids"].shape[1], [len(c) for c in inputs]
+        after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each follows the prompt
         row_ids += [batch["input_ids"][i, -T:], *inputs]
         row_positions += [positions[:, i, -T:], after.expand(3, -1)]
         layout.append((T, lengths))
-    pictures = {name: batch[name].to(policy.device) for name in ("pixel_values", "image_grid_thw") if name in batch}
-    hidden = policy.model.base_model(
-        input_ids=torch.cat(row_ids)[None].to(policy.device), use_cache=False, groups=layout, **pictures,
-        position_ids=torch.cat(row_positions, -1)[:, None].to(policy.device),
-    ).last_hidden_state[0]  # fmt: skip
+    inputs = {"input_ids": torch.cat(row_ids)[None], "position_ids": torch.cat(row_positions, -1)[:, None]}
+    inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+    hidden = policy.model.base_model(**to_device(inputs), groups=layout, use_cache=False).last_hidden_state[0]
     states = []
     for (T, lengths), rows in zip(layout, hidden.split([T + sum(lengths) for T, lengths in layout])):
         for tail in rows[T:].split(lengths):
@@ -785,16 +560,23 @@ def packed_states(policy: Policy, prompts: list[Prompt], completions: list[torch
     return torch.cat(states)
 
 
-def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, groups=None, group_cache=None, decode_step=0, **kwargs
-):
-    """Attention within one row of groups [prompt, c1 ... cG], `groups` = [(T, [C1 ... CG])]: the prompt attends to itself, a
-    completion to the prompt and itself. With group_cache: of a decoding step. With neither (prefill): transformers' sdpa."""
+def position_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """The left-padded batch, positions (3, B, T) by time, height and width, the next position (B, 1); CPU."""
+    batch = collate(prompts, [], policy.pad_id)
+    marks = {name: batch.get(name) for name in ("mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    positions, delta = policy.model.base_model.get_rope_index(batch["input_ids"], **marks)
+    return batch, positions, batch["attention_mask"].sum(-1, keepdim=True) + delta
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The language model's attention. With group_cache: a decoding step. With groups [(T, [C1 ... CG])]: a
+    row of groups [prompt, c1 ... cG], where completions see their prompt and themselves. Else: sdpa."""
+    groups, group_cache = kwargs.pop("groups", None), kwargs.pop("group_cache", None)
     if group_cache is not None:
-        return decode_attention(query, key, value, scaling, group_cache, module.layer_idx, decode_step), None
+        return decode_attention(query, key, value, scaling, group_cache, module.layer_idx), None
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves them in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast's rotary embedding gives float32
     sizes = [T + sum(lengths) for T, lengths in groups]
     parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
     rows = [group_attention(*part, *group, scaling) for part, group in zip(parts, groups)]
@@ -806,61 +588,33 @@ def group_attention(query, key, value, T: int, lengths: list[int], scaling: floa
     sdpa, L = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), max(lengths)
     if len(lengths) == 1 or L == 0:  # nothing behind the prompt but one completion: plainly causal
         return sdpa(query, key, value, is_causal=True)
-    # (G, heads, L, dim) and (G, heads, T + L, dim); a padded query's output is dropped below, a padded key comes after all others
-    padded = lambda x: torch.cat([F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)])
-    with_prompt = lambda x: torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), padded(x)], 2)
+
+    def padded(x):  # (G, heads, L, dim); padded queries are dropped below, padded keys come after all others
+        return torch.cat([F.pad(c, (0, 0, 0, L - c.shape[2])) for c in x[:, :, T:].split(lengths, 2)])
+
+    def with_prompt(x):  # (G, heads, T + L, dim)
+        return torch.cat([x[:, :, :T].expand(len(lengths), -1, -1, -1), padded(x)], 2)
+
     prompt = sdpa(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True)  # (1, heads, T, dim)
-    # Lower-right causal: the kernel for it is a flash kernel on CUDA; a dense mask would not be.
+    # Lower-right causal: its kernel on CUDA is a flash kernel; that of a dense mask would not be.
     rest = sdpa(padded(query), with_prompt(key), with_prompt(value), attn_mask=causal_lower_right(L, T + L))
     return torch.cat([prompt, *(rest[i : i + 1, :, :n] for i, n in enumerate(lengths))], 2)
 
 
-def window_attention(
-    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs
-):
-    """Attention of the vision tower, (1, heads, tokens, dim), within each window or picture. Window i is the tokens
-    from cu_seq_lens_q[i] to cu_seq_lens_q[i + 1]. One call does what transformers' sdpa does in a call per window,
-    after waiting for the GPU to tell where each window ends."""
-    bounds, longest = cu_seq_lens_q, max_length_q
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):  # what the kernel takes
-        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling)[None], None
-    places = bounds[:-1, None] + torch.arange(longest, device=bounds.device)  # (windows, longest)
-    inside, last = places < bounds[1:, None], value.shape[2] - 1
-    # (1, heads, tokens, dim) -> (windows, heads, longest, dim)
-    padded = lambda x: x[0].transpose(0, 1)[places.clamp(max=last)].transpose(1, 2)
-    query, key, value, mask = padded(query), padded(key), padded(value), inside[:, None, None]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2)[inside][None], None
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The vision tower's attention (1, heads, patches, dim), all windows in one call. transformers' sdpa
+    makes a call and a host sync for each; "flash" in the name makes it hand over the windows' ends."""
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling)[None], None
 
 
-AttentionInterface.register("flash_windows", window_attention)  # "flash" makes transformers pass the bounds
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+AttentionInterface.register("varlen_flash", varlen_attention)
 
 
-def rope_positions(policy: Policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (3, B, T) of left-padded prompts by time, height and width, and the next position (B, 1) of each."""
-    positions, delta = policy.model.base_model.get_rope_index(
-        batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"),
-        attention_mask=batch["attention_mask"],
-    )  # fmt: skip
-    return positions, batch["attention_mask"].sum(-1, keepdim=True) + delta
-
-
-@torch.no_grad()
-def rollout_logprobs(model, rollouts: list[Rollout], cfg: Config, accelerator) -> list[torch.Tensor]:
-    """(C_i,) log-probs of each rollout under `model`, in micro-batches."""
-    result = []
-    for start in range(0, len(rollouts), cfg.micro_batch_size):
-        chunk = rollouts[start : start + cfg.micro_batch_size]
-        with accelerator.autocast():
-            logprobs, _, _ = model([r.prompt for r in chunk], [r.tokens for r in chunk], cfg.temperature)
-        result += [row[: len(r.tokens)].cpu() for row, r in zip(logprobs, chunk)]
-    return result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Advantages and loss
 
 
@@ -869,136 +623,85 @@ def is_tied(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= 1e-6
 
 
-def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, divide_by_std: bool = True) -> torch.Tensor:
-    """rewards (P, G) -> advantages (P, G): (r - mean) / (std + eps) within the group, unbiased std.
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """rewards (P, G) -> advantages (P, G): (r - mean) / (std + 1e-6) within the group, unbiased std.
 
     GRPO, arXiv 2402.03300, section 4.1.2 (outcome supervision); exactly 0 for a group without spread [8].
     """
     centered = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = centered / (rewards.std(dim=1, keepdim=True) + eps) if divide_by_std else centered
+    advantages = centered / (rewards.std(dim=1, keepdim=True) + 1e-6)
     return torch.where(is_tied(rewards)[:, None], 0.0, advantages)
 
 
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) per token, >= 0: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4 ("low_var_kl").
-
-    Clamped twice, as in the authors' code: at --kl_coef 0.01 a token at d = 8 would weigh 30, an advantage about 1."""
+    """Estimate of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4.
+    Clamped as in the authors' code ("low_var_kl"): unclamped, a token at d = 8 weighs as 30 advantages."""
     d = (ref_logprobs - logprobs).clamp(-20, 20)
-    return (d.exp() - d - 1).clamp(-10, 10)
+    return (d.exp() - d - 1).clamp(max=10)
 
 
-def token_weights(mask: torch.Tensor, loss_mean: str, totals: dict, max_new_tokens: int) -> torch.Tensor:
-    """(B, C) weight of each token; `totals` are of the whole update, over all micro-batches and processes. [6]
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, num_tokens, cfg: Config):
+    """Clipped surrogate with dual clip, plus k3 KL (GRPO, eq. 3), summed over this micro-batch's tokens.
 
-    token: every token the same (the paper). sequence: every response the same (GRPO). constant: tokens over the largest
-    possible count, so that no length is favored (Dr. GRPO).
+    logprobs, old_logprobs, ref_logprobs (or None), mask: (B, C); advantages: (B,); num_tokens: of the update,
+    all micro-batches and processes [6]. Returns (loss, metrics): sums over micro-batches and processes.
     """
-    if loss_mean == "token":
-        return mask / totals["tokens"]
-    if loss_mean == "sequence":
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / totals["sequences"]
-    return mask / (totals["sequences"] * max_new_tokens)
-
-
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, num_tokens, cfg: Config):
-    """Clipped surrogate with dual clip, plus k3 KL (GRPO, eq. 3): a weighted sum over this micro-batch's tokens.
-
-    logprobs, old_logprobs, ref_logprobs (or None), mask, weights: (B, C); advantages: (B,); num_tokens: of the whole update.
-    Returns (loss, metrics): both add up over micro-batches and processes, metrics to means over tokens.
-    """
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # an infinite ratio would make a NaN of the gradient
-    if cfg.ratio == "sequence":  # GSPO: the geometric mean over the response, the same for each of its tokens
-        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
-    ratio = log_ratio.exp()
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # an infinite ratio would make the gradient NaN
     adv = advantages[:, None]
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    clipped = ratio.clamp(1 - cfg.ratio_clip_low, 1 + cfg.ratio_clip_high)
     surrogate = torch.min(ratio * adv, clipped * adv)
-    dual = (adv < 0) & (ratio > cfg.clip_dual) if cfg.clip_dual else torch.zeros_like(ratio, dtype=torch.bool)
-    surrogate = torch.where(dual, cfg.clip_dual * adv, surrogate)  # a huge ratio cannot make the loss huge
-    loss = -(surrogate * weights).sum()
-    share = lambda tokens: (tokens * mask).sum() / num_tokens
+    dual = (adv < 0) & (ratio > cfg.dual_clip) & (cfg.dual_clip > 0)
+    surrogate = torch.where(dual, cfg.dual_clip * adv, surrogate)  # a huge ratio cannot make the loss huge
+    kl = torch.zeros_like(ratio) if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
+    token_mean = lambda values: (values * mask).sum() / num_tokens
+    loss = token_mean(cfg.kl_coef * kl - surrogate)
     metrics = {
-        "clipped_low": share((ratio < 1 - cfg.clip_low) & (adv < 0)),
-        "clipped_high": share((ratio > 1 + cfg.clip_high) & (adv > 0)),
-        "clipped_dual": share(dual),
+        "loss": loss,
+        "kl": token_mean(kl),
+        "clipped_low": token_mean((ratio < 1 - cfg.ratio_clip_low) & (adv < 0)),
+        "clipped_high": token_mean((ratio > 1 + cfg.ratio_clip_high) & (adv > 0)),
+        "clipped_dual": token_mean(dual),
     }
-    if ref_logprobs is not None:
-        kl = k3_kl(logprobs, ref_logprobs)
-        loss = loss + cfg.kl_coef * (kl * weights).sum()
-        metrics["kl"] = share(kl)
-    return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Update
+# ------------------------------------------------------------------------------------------------------------
+# Update: what warm-up and GRPO share. DDP and FSDP2 are in here and in load_reference.
 
 
-def optimizer_step(accelerator, model, optimizer, cfg: Config, batches: list, loss_of) -> dict[str, float]:
-    """One update: gradients of all micro-batches and processes, clipped; a non-finite norm or loss skips it. Returns summed metrics.
-
-    loss_of(micro-batch) -> (loss, metrics), already divided by the counts of the whole update. DDP averages gradients over
-    processes, hence the factor. Every process must come with the same number of micro-batches.
-    """
-    sums, trained = {}, [p for p in model.parameters() if p.requires_grad]
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        # DDP exchanges gradients once. The forward belongs inside, too. FSDP does so each time, or it would hold them whole.
-        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
-            with accelerator.autocast():
-                loss, metrics = loss_of(batch)
-            accelerator.backward(loss * accelerator.num_processes)
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value.float()
-    norm = accelerator.clip_grad_norm_(trained, cfg.grad_clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    sums = {name: float(value) for name, value in zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum"))}
-    finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {**sums, "grad_norm": float(norm), "skipped_updates": 0.0 if finite else 1.0}
-
-
-def prepare_training(policy: Policy, cfg: Config, accelerator: Accelerator):
-    """The policy's model as accelerate wraps it, in train mode, and its optimizer."""
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def prepare_training(policy: Policy, cfg: Config):
+    """The policy as accelerate wraps it, in train mode, and its optimizer."""
     kind = policy.model.config.model_type
-    accelerator.print(f"engine: fast, prompts shared within groups ({kind})" if policy.fast else f"engine: plain ({kind})")
+    accelerator.print(f"engine: {'fast, prompts shared within groups' if policy.fast else 'plain'} ({kind})")
     if cfg.freeze_vision:
-        freeze_vision(policy.model)
+        if not vision_parameters(policy.model):
+            raise ConfigError(f"--freeze_vision: {kind} has no {', '.join(VISION)}; use --no-freeze_vision")
+        for p in vision_parameters(policy.model):
+            p.requires_grad_(False)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
         policy.model.disable_input_require_grads()  # else backward runs through a frozen vision tower, too
-    if accelerator.is_fsdp2:
+    if accelerator.is_fsdp2:  # computes in bf16, adds gradients up in float32
         plugin = accelerator.state.fsdp_plugin
-        plugin.transformer_cls_names_to_wrap = [type(text_layers(policy)[0]).__name__]
-        plugin.mixed_precision_policy = fsdp_precision(cfg)
-        plugin.cpu_ram_efficient_loading = False  # else only the first process has weights for its reference model
+        # The vision tower stays in the root, which all processes gather, with pictures or without.
+        plugin.transformer_cls_names_to_wrap = [type(policy.model.get_decoder().layers[0]).__name__]
+        compute = torch.bfloat16 if cfg.mixed_precision == "bf16" else None
+        precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+        plugin.mixed_precision_policy = precision
+        plugin.cpu_ram_efficient_loading = False  # else only the first process could load a reference model
+    # fused: otherwise, on a GPU, each step takes temporary memory of the size of the weights.
     trained = [p for p in policy.parameters() if p.requires_grad]
-    # fused: else, on a GPU, each step takes temporary memory of the size of the weights.
-    adam = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(policy, adam)
+    weight_decay = 0.0 if cfg.stage == "warmup" else 0.01  # as the paper's code has them
+    optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(policy, optimizer)
     register_fsdp_forward_method(model, "generate")
     return model.train(), optimizer
 
 
-def text_layers(policy: Policy) -> torch.nn.ModuleList:
-    """The decoder layers, which FSDP shards one by one. The vision tower stays with the embeddings in the root, which every
-    process gathers at every forward: one by one, processes with and without pictures would wait for each other."""
-    return policy.model.get_decoder().layers
-
-
-def fsdp_precision(cfg: Config) -> MixedPrecisionPolicy:
-    """bf16 compute on float32 shards, and gradients added up in float32 (accelerate would do that in bf16)."""
-    compute = torch.bfloat16 if cfg.mixed_precision == "bf16" else None
-    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
-
 @contextmanager
 def gathered(policy: Policy):
-    """Inside, FSDP holds all weights whole, so that decoding needs no exchange and processes may take different numbers of
-    steps. Nothing happens without FSDP."""
+    """Inside, FSDP holds all weights whole: decoding needs no exchange, and processes may take different
+    numbers of steps. Without FSDP nothing happens."""
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
@@ -1011,1509 +714,677 @@ def gathered(policy: Policy):
             module.set_reshard_after_forward(module is not policy, recurse=False)
 
 
-def set_learning_rate(optimizer, cfg: Config, step: int, total: int) -> float:
-    """By hand, from the step: a prepared scheduler would advance once per process. Returns the learning rate."""
-    warmup = math.ceil(cfg.lr_warmup * total)
-    scale = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    if cfg.lr_schedule == "cosine" and step >= warmup:
-        scale = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def sync_at_last(model, is_last: bool):
+    """Context of a micro-batch's forward and backward. DDP exchanges gradients at an update's last one; FSDP
+    at each, or it would hold them whole."""
+    return nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model)
+
+
+def optimizer_step(model, optimizer, sums: Counter, learning_rate: float, cfg: Config) -> dict[str, float]:
+    """Clip the gradients, update, reset; a non-finite norm or loss skips the update. Returns the metrics,
+    added up over processes. No scheduler: a prepared one would advance once per process."""
+    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum").tolist()
+    metrics = dict(zip(sums, totals))
+    finite = bool(torch.isfinite(norm)) and math.isfinite(metrics["loss"])
     for group in optimizer.param_groups:
-        group["lr"] = cfg.learning_rate * scale
-    return cfg.learning_rate * scale
+        group["lr"] = learning_rate
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics |= {"grad_norm": float(norm), "skipped_updates": float(not finite)}
+    return metrics | {"learning_rate": learning_rate}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the stages share: checked rows, a shuffled stream of them, log lines
+def everywhere(number: int) -> int:
+    """The sum of a number over all processes."""
+    return int(accelerator.reduce(torch.tensor(number, device=accelerator.device), "sum"))
 
 
-def read_instruction(cfg: Config) -> str:
-    if not cfg.prompt_file:
-        return INSTRUCTION
-    try:
-        text = Path(cfg.prompt_file).read_text("utf-8-sig") if os.path.isfile(cfg.prompt_file) else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt_file {cfg.prompt_file}: no text in UTF-8 ({error})") from None
-    if "{question}" not in text:
-        raise ConfigError(f"--prompt_file {cfg.prompt_file}: no such file, or it lacks the mark {{question}}")
-    return text
-
-
-def read_rows(path: str, cfg: Config, need: tuple[str, ...] = ()) -> tuple[list[Row], list[str]]:
-    """load_rows with this run's settings. Files of the run's own sampling have the image root of the file they were split
-    from; any other file's summary.json counts for nothing."""
-    root, summary = cfg.image_root, Path(path).resolve().with_name("summary.json")
-    ours = [Path(cfg.run_dir, name).resolve() for name in ("sample", "sample_base")]
-    if not root and summary.parent in ours and summary.is_file():
-        root = os.path.join(summary.parent, json.loads(summary.read_text())["image_root"])
-    return load_rows(path, root, need, cfg.benchmark if cfg.stage == "evaluate" else "")
-
-
-def stop_for_broken_rows(path: str, problems: list[str], cfg: Config, accelerator: Accelerator) -> None:
-    """Raise DataError with the list of broken rows; with --skip_bad_rows print it."""
-    if problems:
-        listed = "\n  ".join(problems[:50]) + (f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else "")
-        if not cfg.skip_bad_rows:
-            raise DataError(f"{path} has {len(problems)} broken rows (--skip_bad_rows drops them):\n  {listed}")
-        accelerator.print(f"{path}: dropped {len(problems)} broken rows:\n  {listed}")
-
-
-def check_files(cfg: Config, accelerator: Accelerator) -> None:
-    """Read a stage's own data file before any stage starts: a typo must not surface after hours. Pictures are opened later."""
-    if cfg.stage == "evaluate":
-        for path in test_files(cfg).values():
-            stop_for_broken_rows(path, read_rows(path, cfg, ("answer",))[1], cfg, accelerator)
-    elif not is_finished(Path(cfg.run_dir, cfg.stage)):
-        own = {"warmup": (cfg.sft_data, ("response",)), "sample": (cfg.train_data, ("answer", "key_words"))}
-        path, need = own.get(cfg.stage, ("", ()))
-        if path := cfg.from_data or path:
-            stop_for_broken_rows(path, read_rows(path, cfg, need)[1], cfg, accelerator)
-        if cfg.stage == "perception":
-            load_clip(cfg, accelerator)  # the same goes for its weights
-
-
-def prompts_ahead(policy: Policy, batches, cfg: Config):
-    """The prompts of each batch of (position, row), made by threads while the caller works on the batch before: no GPU
-    waits for pictures. Raises DataError, with the row, where a picture has become unreadable since it was checked.
-
-    Fast tokenizers allow threads as long as none changes padding or truncation; check_policy's prompt has set both.
-    """
-    instruction = read_instruction(cfg)
-
-    def prompt_of(position: int, row: Row) -> Prompt:
-        try:
-            return encode_prompt(policy, row, cfg, instruction, position)
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
-
-    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
-        begun = ([pool.submit(prompt_of, *item) for item in batch] for batch in batches)
-        for batch, _ in itertools.pairwise(itertools.chain(begun, [None])):  # the next one has begun, too
-            yield [future.result() for future in batch]
-
-
-def row_key(policy: Policy, row: Row, cfg: Config, instruction: str) -> str:
-    """Of all that a prompt is made from, --max_pixels excepted."""
-    model = policy.model.config.model_type, len(policy.processor.tokenizer)
-    parts = (*model, cfg.min_pixels, chat_messages(row, instruction), row.images, row.response)
-    return hashlib.sha1(str(parts).encode()).hexdigest()
-
-
-def count_tokens(policy: Policy, row: Row, cfg: Config, instruction: str) -> int | str:
-    """Tokens of a row, encoded the way training will; or what is wrong with it."""
-    try:
-        length = encode_prompt(policy, row, cfg, instruction).inputs["input_ids"].shape[1]
-        if row.response:
-            length += len(encode_response(policy, row.response))
-            if length > cfg.max_sft_length:
-                raise DataError(f"prompt and response have {length} tokens, --max_sft_length is {cfg.max_sft_length}")
-        return length
-    except DataError as error:
-        return f"{row.where}: {error}"
-
-
-def checked_rows(path: str, cfg: Config, policy: Policy, accelerator, need: tuple[str, ...]) -> list[Row]:
-    """Rows of a data file, each one encoded once. Broken rows, and rows that lack a field in `need`, stop the run with a
-    list of all, or are dropped and counted with --skip_bad_rows.
-
-    Pictures take long to open, so the run folder's checked.json holds the tokens of rows that were good in another stage or
-    for another model. They are good here if the limits are no tighter: smaller pictures make no prompt longer.
-    """
-    rows, problems = read_rows(path, cfg, need)
-    if cfg.stage == "sample":  # warm-up rows too, with --warmup_cases hard, are questions here
-        rows = [replace(row, response="") for row in rows]
-    instruction, record = read_instruction(cfg), Path(cfg.run_dir, "checked.json")
-    keys = [row_key(policy, row, cfg, instruction) for row in rows]
-    known = json.loads(record.read_text()) if record.is_file() else {}  # {key: (max_pixels, tokens)}
-
-    def is_good(i: int) -> bool:
-        max_pixels, tokens = known.get(keys[i], (0, 0))
-        limit = cfg.max_sft_length if rows[i].response else cfg.max_prompt_length
-        return max_pixels >= cfg.max_pixels and tokens <= limit
-
-    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    mine = [i for i in share if not is_good(i)]
-    with ThreadPoolExecutor(PICTURE_THREADS) as pool:
-        found = pool.map(lambda i: count_tokens(policy, rows[i], cfg, instruction), mine)
-        title, quiet = f"checking {os.path.basename(path)}", not accelerator.is_main_process
-        found = tqdm(found, title, len(mine), leave=False, disable=quiet)
-        found = dict(gather_object(list(zip(mine, found))))
-    broken = {i: message for i, message in sorted(found.items()) if isinstance(message, str)}
-    if accelerator.is_main_process and len(found) > len(broken):
-        known |= {keys[i]: (cfg.max_pixels, tokens) for i, tokens in found.items() if i not in broken}
-        write_json(record, known)
-    stop_for_broken_rows(path, problems + list(broken.values()), cfg, accelerator)
-    good = [row for i, row in enumerate(rows) if i not in broken]
-    if not good:
-        raise DataError(f"{path}: no usable rows")
-    return good
-
-
-def shuffled_batch(rows: list, step: int, batch_size: int, seed) -> list:
-    """Batch number `step` of an endless stream of shuffled epochs. The last batch of a run reaches into further epochs."""
-    batch = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(position, len(rows))
-        if not batch or i == 0:
-            order = torch.randperm(
-                len(rows), generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
-            )
-        batch.append(rows[order[i]])
-    return batch
-
-
-def number_of_steps(num_rows: int, batch_size: int, cfg: Config) -> int:
-    return cfg.max_steps or math.ceil(num_rows * cfg.epochs / batch_size)
-
-
-def local_share(items: list, accelerator) -> list:
-    """This process's contiguous part of a global batch."""
-    size = len(items) // accelerator.num_processes
-    return items[accelerator.process_index * size : (accelerator.process_index + 1) * size]
-
-
-def micro_batches(items: list, cfg: Config) -> list[list]:
-    return [items[i : i + cfg.micro_batch_size] for i in range(0, len(items), cfg.micro_batch_size)]
-
-
-SHOWN = ("reward", "clip", "keyword", "format", "length", "accuracy", "kl", "entropy", "tied_groups", "length_tokens", "truncated",
-         "loss", "grad_norm")  # fmt: skip
-
-
-def log_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, seconds: dict, bar: tqdm, accelerator) -> None:
-    """metrics.jsonl (the same on every run with one seed), timing.jsonl (not so), a line on the screen, trackers."""
-    metrics = {name: float(f"{value:.6g}") if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    timing = {f"{name}_s": round(value, 3) for name, value in seconds.items()}
-    timing |= {f"{name}_tokens_per_s": round(metrics["tokens"] / value, 1) for name, value in seconds.items()}
-    timing["peak_gib"] = peak_gib(accelerator)
-    accelerator.log({**metrics, **timing}, step=step)
-    if accelerator.is_main_process:
-        append_jsonl(folder / "metrics.jsonl", [{"step": step, **metrics}])
-        append_jsonl(folder / "timing.jsonl", [{"step": step, **timing}])
-        if cfg.stage != "warmup" or (cfg.print_every and step % cfg.print_every == 0):  # warm-up steps are many and short
-            line = "  ".join(f"{name} {float(metrics[name]):.3g}" for name in SHOWN if name in metrics)
-            bar.write(f"{cfg.stage} {step}/{total}  {line}  {sum(seconds.values()):.1f} s")
-        bar.set_postfix({name: f"{float(metrics[name]):.3f}" for name in ("loss", "reward", "accuracy") if name in metrics})
-    bar.update()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Warm-up: supervised fine-tuning on structured rationales
 
 
-def warmup(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
-    """Loss on the response only (paper, section "warm-up"). Writes a model folder and metrics.jsonl."""
-    policy, instruction = load_policy(model_path, cfg), read_instruction(cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, need=("response",))
-    rows, dropped = filter_warmup_rows(rows)
-    put = sum(in_instruction(row.problem, instruction) != row.problem for row in rows)
-    accelerator.print(f"warm-up rows: {len(rows)}; dropped {dropped}")
-    accelerator.print(f"  {put} questions are put into the instruction, {len(rows) - put} have it already")
-    if not rows:
-        raise DataError(f"{data_path}: the warm-up filters dropped every row")
-    if accelerator.is_main_process:
-        write_json(folder / "summary.json", {"rows": len(rows), "dropped": dropped})
-    model, optimizer = prepare_training(policy, cfg, accelerator)
-    total = number_of_steps(len(rows), cfg.sft_batch_size, cfg)
-    start = load_checkpoint(folder, accelerator)
-    bar = tqdm(total=total, initial=start, desc="warmup", disable=not accelerator.is_main_process)
-    batches = (shuffled_batch(rows, step, cfg.sft_batch_size, cfg.seed) for step in range(start, total))
-    batches = (local_share(list(enumerate(batch)), accelerator) for batch in batches)
-    clock = time.perf_counter()
-    for step, prompts in enumerate(prompts_ahead(policy, batches, cfg), start + 1):
-        examples = [(prompt, encode_response(policy, prompt.row.response)) for prompt in prompts]
-        tokens = accelerator.reduce(torch.tensor(sum(len(c) for _, c in examples), device=accelerator.device), "sum")
-
-        def loss_of(examples):
-            logprobs, _, _ = model([p for p, _ in examples], [c for _, c in examples], 1.0)
-            loss = -logprobs.sum() / tokens
-            return loss, {"loss": loss.detach()}
-
-        lr = set_learning_rate(optimizer, cfg, step - 1, total)
-        metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(examples, cfg), loss_of)
-        metrics |= {"learning_rate": lr, "tokens": float(tokens)}
-        log_step(folder, cfg, step, total, metrics, {"update": time.perf_counter() - clock}, bar, accelerator)
-        samples = lambda: [{"row": p.row.where, "problem": p.row.problem, "response": p.row.response} for p, _ in examples]
-        end_step(folder, cfg, step, total, metrics, samples, accelerator)
-        clock = time.perf_counter()
-    bar.close()
-    with writing(folder):
-        save_policy(policy, accelerator, model, folder)
+def warmup(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
+    """Loss on the response only (paper, section "warm-up"). Returns the policy, bare and wrapped."""
+    policy = load_policy(model_path, cfg)
+    rows, dropped = filter_warmup_rows(checked_rows(data_path, cfg, policy, ("response",)))
+    own = sum(map(has_instruction, rows))
+    accelerator.print(f"{len(rows)} warm-up rows, {own} with an instruction of their own; dropped: {dropped}")
+    model, optimizer = prepare_training(policy, cfg)
+    log = StepLog(folder, cfg, len(rows))
+    batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
+    for batch in encoded_ahead(batches, lambda item: encode_example(policy, item[1], cfg)):
+        num_tokens = everywhere(sum(len(example.tokens) for example in batch))
+        sums = Counter()
+        for micro in in_batches(batch, cfg.micro_batch_size):
+            with sync_at_last(model, micro[-1] is batch[-1]):
+                with accelerator.autocast():
+                    logprobs, _, mask = model(micro, 1.0)  # (B, C)
+                loss = -(logprobs * mask).sum() / num_tokens
+                accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
+            sums.update({"loss": loss.detach()})
+        metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(log.step, log.total, cfg), cfg)
+        log.lap("update")
+        log.end_step(metrics | {"tokens": num_tokens})
+    return policy, model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def encode_example(policy: Policy, row: Row, cfg: Config) -> Rollout:
+    """A warm-up row: the teacher's response and its end token are what is learned, no more and no less."""
+    tokenizer = policy.processor.tokenizer
+    ids = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return Rollout(encode_prompt(policy, row, cfg), torch.tensor(ids), row.response)
+
+
+def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
+    """Of step 1 ... total: rising for a tenth of them, then a cosine to 0."""
+    rising = math.ceil(0.1 * total)
+    falling = 0.5 * (1 + math.cos(math.pi * (step - 1 - rising) / max(1, total - rising)))
+    return cfg.learning_rate * (step / rising if step <= rising else falling)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
 
-def answer_questions(
-    policy: Policy, rows: list[Row], n: int, temperature: float, cfg: Config, clip, path: Path, accelerator
-) -> dict[str, list[float]]:
-    """Answer each row n times; one JSON line a row in `path`, written as it goes. Resumes where an earlier run stopped.
-    Returns the scores of each question, which is all that a process keeps of the answers.
+def sample(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
+    """Answer every question G times with a frozen model; write easy, medium and hard.json and a summary.
 
-    Each question has its seed, so that an interrupted run, or one on more processes, gives the lines of a whole one.
+    The three files have the input's rows unchanged. A group whose answers are all right or all wrong has no
+    advantage and teaches reasoning nothing; a question that is always answered right is safe to describe.
     """
-    earlier = [None]
-    if accelerator.is_main_process:
-        records = read_jsonl(path)
-        write_jsonl(path, records)  # without a torn last line
-        earlier = [{record["qid"]: record["scores"] for record in records}]
-    broadcast_object_list(earlier)
-    done = earlier[0]
-    width = generate_batch_size(policy, cfg, accelerator, n) // n * accelerator.num_processes
-    starts = range(0, len(rows), width)
-    missing = [start for start in starts if any(row.qid not in done for row in rows[start : start + width])]
+    policy, path = load_policy(model_path, cfg), folder / "rollouts.jsonl"
+    rows = checked_rows(data_path, cfg, policy, ("answer",))
+    larger = replace(cfg, max_pixels=cfg.sample_max_pixels)  # [10]
+    answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
+    if not accelerator.is_main_process:
+        return
+    scores = {record["qid"]: record["scores"] for record in read_jsonl(path)}
+    split = split_by_difficulty(rows, scores, cfg.group_size)
+    for name, part in split.items():
+        write_text(folder / f"{name}.json", json.dumps([row.raw for row in part], indent=1))
+    right = Counter(int(sum(scores[row.qid])) for row in rows)
+    summary = {"questions": len(rows), **{name: len(part) for name, part in split.items()}}
+    summary["right of n"] = {k: right[k] for k in range(cfg.group_size + 1)}
+    summary["image_root"] = os.path.relpath(cfg.image_root or Path(data_path).parent, folder)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
-    def share(start: int) -> list[tuple[int, Row]]:  # this process's part of a chunk
-        return list(enumerate(rows[start : start + width], start))[accelerator.process_index :: accelerator.num_processes]
 
-    ahead = prompts_ahead(policy, map(share, missing), cfg)
-    bar, right = tqdm(total=len(rows), desc=path.stem, disable=not accelerator.is_main_process), 0.0
-    for start in starts:
-        chunk = rows[start : start + width]
-        if start in missing:
-            mine, prompts = share(start), next(ahead)
-            rollouts = generate_rollouts(policy, prompts, n, cfg, accelerator, temperature, seed=path.stem)
-            score_rollouts(rollouts, clip)
-            groups = [rollouts[i * n : (i + 1) * n] for i in range(len(mine))]
-            records = [
-                {"qid": row.qid, "problem": row.problem, "answer": row.answer, "scores": [r.parts["accuracy"] for r in group], "responses": [r.text for r in group],
-                 "parts": [r.parts for r in group], "tokens": [len(r.tokens) for r in group], "truncated": [r.truncated for r in group]}
-                for (_, row), group in zip(mine, groups)
-            ]  # fmt: skip
-            made = {record["qid"]: record for record in gather_object(records)}
-            new = [made[row.qid] for row in chunk if row.qid not in done]
-            done.update({record["qid"]: record["scores"] for record in new})
-            if accelerator.is_main_process:
-                append_jsonl(path, new)
-            stop_if_asked(accelerator)
-        bar.update(len(chunk))
-        right += sum(sum(done[row.qid]) for row in chunk)
-        bar.set_postfix(accuracy=f"{right / n / (start + len(chunk)):.3f}")
-    bar.close()
-    return {row.qid: done[row.qid] for row in rows}
+def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path, clip_scorer=None) -> None:
+    """Answer each row n times at cfg.temperature, a JSON line per row in `path`. Resumes: each question has
+    its seed, so the lines are those of an uninterrupted run, on any number of processes."""
+    earlier = read_jsonl(path)
+    rewrite_jsonl(path, earlier)  # without a torn last line
+    done = set(broadcast_object_list([[record["qid"] for record in earlier]])[0])
+    width = max(1, cfg.generate_batch_size // n) * accelerator.num_processes
+    chunks = in_batches(list(enumerate(rows)), width)
+    chunks = [chunk for chunk in chunks if any(row.qid not in done for _, row in chunk)]
+    mine = (chunk[accelerator.process_index :: accelerator.num_processes] for chunk in chunks)
+    batches = encoded_ahead(mine, lambda item: encode_prompt(policy, item[1], cfg, item[0]))
+    bar = tqdm(zip(chunks, batches), total=len(chunks), desc=path.stem)
+    for chunk, prompts in bar:
+        rollouts = generate_rollouts(policy, prompts, n, cfg, path.stem)
+        scored = in_batches(list(zip(rollouts, score_rollouts(rollouts, clip_scorer))), n)
+        made = {record["qid"]: record for record in gather_object([answer_record(group) for group in scored])}
+        append_jsonl(path, [made[row.qid] for _, row in chunk if row.qid not in done])
+        right = [score for record in made.values() for score in record["scores"]]
+        bar.set_postfix(accuracy=f"{sum(right) / len(right):.3f}")
+    accelerator.wait_for_everyone()
 
 
 def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int) -> dict[str, list[Row]]:
-    """easy: all n right, medium: some, hard: none (paper, section "difficulty sampling"). Raises DataError unless each
-    question has exactly n scores. [7]"""
+    """easy: all n right, medium: some, hard: none (paper, section "difficulty sampling"). Raises DataError
+    unless each question has exactly n scores. [7]"""
     split = {"easy": [], "medium": [], "hard": []}
     for row in rows:
         if len(scores[row.qid]) != n:
-            raise DataError(
-                f"question {row.qid} has {len(scores[row.qid])} scores instead of {n}: delete rollouts.jsonl and sample again"
-            )
+            raise DataError(f"{row.where}: {len(scores[row.qid])} scores, not {n}; --overwrite samples again")
         right = sum(scores[row.qid])
         split["easy" if right == n else "hard" if right == 0 else "medium"].append(row)
     return split
 
 
-def sample(
-    cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator, need=("answer", "key_words")
-) -> None:
-    """Answer every question G times with a frozen model; write easy.json, medium.json, hard.json and summary.json.
-
-    The three files have the input's rows unchanged. A group whose answers are all right or all wrong has no advantage and
-    teaches reasoning nothing; a question that is always answered right is safe to describe.
-    """
-    policy = load_policy(model_path, cfg)
-    rows = checked_rows(data_path, cfg, policy, accelerator, need)
-    policy.to(accelerator.device)
-    path = folder / "rollouts.jsonl"
-    scores = answer_questions(policy, rows, cfg.group_size, cfg.temperature, cfg, None, path, accelerator)
-    split = split_by_difficulty(rows, scores, cfg.group_size)
-    if accelerator.is_main_process:
-        right = [int(sum(scores[row.qid])) for row in rows]
-        truncated = {record["qid"]: sum(record["truncated"]) for record in read_jsonl(path)}
-        root = cfg.image_root or os.path.dirname(os.path.abspath(data_path))
-        summary = {
-            "questions": len(rows),
-            **{name: len(part) for name, part in split.items()},
-            "accuracy": round(sum(right) / len(right) / cfg.group_size, 4),
-            "histogram": {f"{k}/{cfg.group_size}": right.count(k) for k in range(cfg.group_size + 1)},
-            "truncated": round(sum(truncated[row.qid] for row in rows) / len(rows) / cfg.group_size, 4),
-            "image_root": os.path.relpath(os.path.abspath(root), os.path.abspath(folder)),  # of the three files
-        }
-        for name, part in split.items():
-            write_json(folder / f"{name}.json", [row.raw for row in part])
-        write_json(folder / "summary.json", summary)
-        print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
-    if "key_words" in need and not (split["easy"] and split["medium"]):
-        accelerator.print(
-            "  An RL stage without questions cannot run: warm up longer, or name a file: --stage perception --from_data FILE"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # GRPO: perception RL and reasoning RL are this loop with another reward and other questions
 
 
-def collect_rollouts(
-    policy, prompts: list[Prompt], spare: list[Row], seed: str, cfg: Config, clip, accelerator, vocabulary=frozenset()
-):
-    """Rollouts, rewards and advantages for this process's questions. `spare` questions, the same on all processes, replace
-    groups without spread.
+def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
+    """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, and as accelerate wraps it."""
+    policy, weights = load_policy(model_path, cfg), STAGE_REWARDS[cfg.stage]
+    rows, clip_scorer = grpo_rows(data_path, cfg, policy, weights), load_clip(cfg)
+    model, optimizer = prepare_training(policy, cfg)
+    reference = load_reference(model_path, cfg)
+    update_size = cfg.update_batch_size * cfg.group_size // accelerator.num_processes  # rollouts here
+    log = StepLog(folder, cfg, len(rows))
+    batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
+    for prompts in encoded_ahead(batches, lambda item: encode_prompt(policy, item[1], cfg, item[0])):  # P
+        # The policy that answers is the old policy of all updates of this step.
+        rollouts = generate_rollouts(policy, prompts, cfg.group_size, cfg, f"{cfg.stage} {log.step} 0")
+        log.lap("rollout")
 
-    Returns (rollouts, whole groups in order of position; seconds).
-    """
-    G, instruction, groups = cfg.group_size, read_instruction(cfg), {}
-    seconds = {"rollout": 0.0, "reward": 0.0}
-    for attempt in range(cfg.resample_rounds + 1):
-        clock = time.perf_counter()
-        rollouts = generate_rollouts(policy, prompts, G, cfg, accelerator, cfg.temperature, f"{seed} {attempt}")
-        seconds["rollout"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        score_rollouts(rollouts, clip, vocabulary)
-        seconds["reward"] += time.perf_counter() - clock
-        for rollout in rollouts:
-            if missing := STAGE_REWARDS[cfg.stage].keys() - rollout.parts.keys():
-                raise RewardError(rollout, f"score_parts gave no {', '.join(missing)}, which STAGE_REWARDS weighs")
-            rollout.reward = total_reward(rollout.parts, STAGE_REWARDS[cfg.stage])
-        groups |= {prompt.position: rollouts[i * G : (i + 1) * G] for i, prompt in enumerate(prompts)}
-        if attempt == cfg.resample_rounds:
-            break
-        tied = [position for position, group in groups.items() if is_tied(torch.tensor([[r.reward for r in group]]))]
-        everywhere = sorted(gather_object(tied))  # so that it does not matter how questions are split over processes
-        again = [(position, row) for position, row in zip(everywhere, spare) if position in tied]
-        prompts = [encode_prompt(policy, row, cfg, instruction, position) for position, row in again]
-        spare = spare[len(everywhere) :]
-    groups = [groups[position] for position in sorted(groups)]
-    rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
-    for group, advantages in zip(groups, group_advantages(rewards, cfg.advantage_eps, cfg.advantage_std).tolist()):
-        for rollout, advantage in zip(group, advantages):
-            rollout.advantage = advantage
-    return [r for group in groups for r in group], seconds
+        parts = score_rollouts(rollouts, clip_scorer)  # P * G dicts
+        wheres = [r.prompt.row.where for r in rollouts]
+        rewards = torch.tensor([total_reward(part, weights, where) for part, where in zip(parts, wheres)])
+        advantages = group_advantages(rewards.view(-1, cfg.group_size)).flatten()  # (P * G,)
+        log.lap("reward")
 
-
-UPDATE_METRICS = (
-    "loss", "kl", "entropy", "clipped_low", "clipped_high", "clipped_dual", "grad_norm", "sampler_gap", "skipped_updates", "masked_updates",
-)  # fmt: skip
-
-
-def update_policy(rollouts: list[Rollout], model, optimizer, cfg: Config, accelerator, off_policy: bool) -> dict[str, float]:
-    """One optimizer update on whole groups; this process holds `rollouts` of them. off_policy: the policy has been updated
-    since it sampled them."""
-    device = accelerator.device
-    trains = lambda r: not (cfg.mask_truncated and r.truncated)
-    counts = torch.tensor(
-        [sum(len(r.tokens) for r in rollouts if trains(r)), sum(trains(r) for r in rollouts)], device=device
-    )
-    tokens, sequences = accelerator.reduce(counts, "sum").tolist()
-    if tokens == 0:  # the whole update is truncated and masked: nothing to learn, and weight decay alone must not act
-        return dict.fromkeys(UPDATE_METRICS, 0.0) | {"masked_updates": 1.0}
-    totals = {"tokens": tokens, "sequences": sequences}
-
-    padded = lambda rows: pad_sequence(rows, batch_first=True).to(device)  # (C_i,) each -> (B, C)
-
-    def loss_of(batch: list[Rollout]):
-        logprobs, entropy, mask = model([r.prompt for r in batch], [r.tokens for r in batch], cfg.temperature)
-        sampled = padded([r.old_logprobs for r in batch])
-        old = sampled if off_policy else logprobs.detach()  # on-policy: ratio exactly 1 [13]
-        ref = padded([r.ref_logprobs for r in batch]) if cfg.kl_coef else None
-        mask = mask * torch.tensor([trains(r) for r in batch], device=device)[:, None]
-        weights = token_weights(mask, cfg.loss_mean, totals, cfg.max_new_tokens)
-        loss, metrics = grpo_loss(
-            logprobs, old, ref, torch.tensor([r.advantage for r in batch], device=device), mask, weights, tokens, cfg
-        )
-        means = {"entropy": entropy, "sampler_gap": (logprobs.detach() - sampled).abs()}
-        return loss, {**metrics, **{name: (values * mask).sum() / tokens for name, values in means.items()}}
-
-    metrics = optimizer_step(accelerator, model, optimizer, cfg, micro_batches(rollouts, cfg), loss_of)
-    return dict.fromkeys(UPDATE_METRICS, 0.0) | metrics
+        updates = []
+        for update in in_batches(range(len(rollouts)), update_size):  # whole groups
+            num_tokens = everywhere(sum(len(rollouts[i].tokens) for i in update))  # of all processes [6]
+            sums = Counter()
+            for micro in in_batches(update, cfg.micro_batch_size):
+                batch = [rollouts[i] for i in micro]
+                with torch.no_grad(), accelerator.autocast():
+                    ref_logprobs = reference(batch, cfg.temperature)[0] if reference else None  # (B, C)
+                with sync_at_last(model, micro[-1] == update[-1]):
+                    with accelerator.autocast():
+                        logprobs, entropy, mask = model(batch, cfg.temperature)  # (B, C)
+                    sampled = pad_sequence([r.old_logprobs for r in batch], True).to(accelerator.device)
+                    old_logprobs = sampled if updates else logprobs.detach()  # at first the ratio is 1 [13]
+                    adv = advantages[list(micro)].to(accelerator.device)  # (B,)
+                    logs = logprobs, old_logprobs, ref_logprobs
+                    loss, metrics = grpo_loss(*logs, adv, mask, num_tokens, cfg)
+                    accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
+                sums.update(metrics | {"entropy": (entropy * mask).sum() / num_tokens})
+                if not updates:  # how far the training forward is from the sampler, which should be the same
+                    sums["sampler_gap"] += ((logprobs.detach() - sampled).abs() * mask).sum() / num_tokens
+            updates.append(optimizer_step(model, optimizer, sums, cfg.learning_rate, cfg))
+        log.lap("update")
+        records = rollout_records(rollouts, parts, rewards, advantages)
+        log.end_step(mean_of(updates) | rollout_metrics(records, cfg), records)
+    return policy, model
 
 
-def add_reference(rollouts: list[Rollout], reference: Policy | None, cfg: Config, accelerator) -> None:
-    if reference is not None:
-        for rollout, logprobs in zip(rollouts, rollout_logprobs(reference, rollouts, cfg, accelerator)):
-            rollout.ref_logprobs = logprobs
-
-
-def update_on_rollouts(rollouts: list[Rollout], model, reference, optimizer, cfg: Config, accelerator) -> dict[str, float]:
-    """One epoch over this process's rollouts: as many updates as the step has update batches. Returns their mean metrics."""
-    add_reference(rollouts, reference, cfg, accelerator)
-    size = cfg.update_batch_size // accelerator.num_processes * cfg.group_size
-    updates = []
-    for start in range(0, len(rollouts), size):
-        off_policy = start > 0  # at the first update the policy is still the one that sampled
-        updates.append(update_policy(rollouts[start : start + size], model, optimizer, cfg, accelerator, off_policy))
-    trained = [update for update in updates if not update["masked_updates"]] or updates
-    metrics = {name: sum(update[name] for update in trained) / len(trained) for name in UPDATE_METRICS}
-    counts = {name: sum(update[name] for update in updates) for name in ("skipped_updates", "masked_updates")}
-    return {**metrics, **counts, "sampler_gap": trained[0]["sampler_gap"]}  # later updates have moved away from the sampler
-
-
-def gather_in_order(rollouts: list[Rollout], records: list[dict]) -> list[dict]:
-    """A record per rollout, from all processes, in the order of the step's questions."""
-    tagged = gather_object([(r.prompt.position, i, record) for i, (r, record) in enumerate(zip(rollouts, records))])
-    return [record for _, _, record in sorted(tagged, key=lambda item: item[:2])]
-
-
-def rollout_metrics(rollouts: list[Rollout], clip, cfg: Config, accelerator) -> dict[str, float]:
-    """Means over all processes: reward and its parts, their spread within groups, groups without spread, lengths."""
-    mine = [
-        {"reward": r.reward, **r.parts, "length_tokens": len(r.tokens), "truncated": float(r.truncated)} for r in rollouts
-    ]
-    everyone, metrics = gather_in_order(rollouts, mine), {}
-    for name in sorted({name for record in everyone for name in record}):
-        values = [record[name] for record in everyone if name in record]  # a part that does not apply to a row is not there
-        metrics[name] = sum(values) / len(values)
-    rewards = torch.tensor([record["reward"] for record in everyone]).view(-1, cfg.group_size)  # (P, G)
-    metrics |= {"reward_std": float(rewards.std(dim=1).mean()), "tied_groups": float(is_tied(rewards).float().mean())}
-    metrics["tokens"] = sum(record["length_tokens"] for record in everyone)
-    if clip:
-        metrics["clip_cut_texts"], clip.cut_texts = sum(gather_object([clip.cut_texts])), 0
-    return metrics
-
-
-CALIBRATION_PAIRS = 256
-
-
-def calibration_pairs(rows: list[Row], cfg: Config) -> tuple[list[list], list[str], str]:
-    """Pictures, a text for each, and what the texts are: descriptions of --sft_data if it is there, else the rows' keywords.
-
-    A broken row is no pair: the stage that trains on it has reported it.
-    """
-    source, text_of = "keywords", lambda row: ", ".join(row.key_words)
-    if os.path.isfile(cfg.sft_data):
-        source, text_of = "descriptions of --sft_data", lambda row: parse_response(row.response).description
-        rows = [row for row in read_rows(cfg.sft_data, cfg)[0] if row.images]
-    drawn = shuffled_batch(rows, 0, min(len(rows), 4 * CALIBRATION_PAIRS), f"{cfg.seed} calibration")
-    images = {}  # by text: each text once
-    for row in drawn:
-        if (text := text_of(row)) and text not in images and len(images) < CALIBRATION_PAIRS:
-            with suppress(DataError):
-                images[text] = [load_image(path, cfg.min_pixels, cfg.max_pixels) for path in row.images]
-    return list(images.values()), list(images), source
-
-
-def report_calibration(clip: ClipScorer, rows: list[Row], cfg: Config, folder: Path) -> None:
-    """Print, and write to clip_calibration.json, what --cosine_lo and --cosine_hi would suit this CLIP model. Changes nothing."""
-    images, texts, source = calibration_pairs(rows, cfg)
-    if len(texts) < 2:
-        return print("CLIP is not calibrated: fewer than two different texts")
-    result = {"texts": source, **calibrate(clip, images, texts), "cut_texts": clip.cut_texts}
-    clip.cut_texts = 0
-    write_json(folder / "clip_calibration.json", result)
-    print(f"CLIP on {result['pairs']} pictures and {source}: AUC {result['auc']:.3f}; quartiles of the cosine")
-    for name in ("matched", "shuffled"):
-        print(f"  {name:<9}" + "".join(f"{q:8.3f}" for q in result[name]))
-    print(f"  that suggests --cosine_lo {result['cosine_lo']:.2f} --cosine_hi {result['cosine_hi']:.2f}; "
-          f"set are {cfg.cosine_lo} and {cfg.cosine_hi}")  # fmt: skip
-    for warning in result["warnings"]:
-        print(f"  WARNING: {warning}")
-
-
-def load_reference(model_path: str, cfg: Config, accelerator: Accelerator) -> Policy | None:
-    """The stage's start model, frozen, in the compute dtype; None without a KL term."""
-    if not cfg.kl_coef:
-        return None
-    dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
-    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
-    for p in reference.parameters():  # and not the buffers: rounded rotary frequencies are other positions
-        p.data = p.data.to(dtype)
-    if not accelerator.is_fsdp2:
-        return reference.to(accelerator.device)
-    # Sharded by torch, because accelerate shards only what has an optimizer.
-    for module in (*text_layers(reference), reference):
-        fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    return reference
-
-
-def step_questions(rows: list[Row], step: int, cfg: Config, accelerator) -> tuple[dict[int, Row], list[Row]]:
-    """This process's part of every update of the step, as {position in the step: row}, so that an update has the same
-    questions on any number of processes; and the questions that may replace those whose groups have no spread."""
-    batch = shuffled_batch(rows, step - 1, cfg.rollout_batch_size, cfg.seed)
-    spare = shuffled_batch(rows, step - 1, cfg.rollout_batch_size * cfg.resample_rounds, f"{cfg.seed} spare")
-    updates = [range(i, i + cfg.update_batch_size) for i in range(0, len(batch), cfg.update_batch_size)]
-    mine = [position for update in updates for position in local_share(update, accelerator)]
-    taken = {row.qid for row in batch}
-    return {position: batch[position] for position in mine}, [row for row in spare if row.qid not in taken]
-
-
-def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path, accelerator: Accelerator) -> None:
-    """GRPO (arXiv 2402.03300) with the stage's reward. Writes a model folder, metrics.jsonl and samples.jsonl."""
-    reward_weights = STAGE_REWARDS[cfg.stage]
-    policy = load_policy(model_path, cfg)
-    need = ("answer", "key_words") if "keyword" in reward_weights else ("answer",)
-    rows = checked_rows(data_path, cfg, policy, accelerator, need)
-    if "clip" in reward_weights:
-        blind = sum(not row.images for row in rows)
-        rows = [row for row in rows if row.images]
-        accelerator.print(f"{len(rows)} questions; {blind} without a picture are left out of perception RL")
-        if not rows:
-            raise DataError(f"{data_path}: no question with a picture")
-    clip = load_clip(cfg, accelerator) if "clip" in reward_weights else None
-    print_memory_plan(policy, clip, cfg, accelerator)
-    model, optimizer = prepare_training(policy, cfg, accelerator)
-    reference = load_reference(model_path, cfg, accelerator)
-    precision = cfg.keyword_precision and "keyword" in reward_weights
-    vocabulary = keyword_set([word for row in rows if precision for word in row.key_words])
-    if clip and accelerator.is_main_process and not (folder / "clip_calibration.json").is_file():
-        report_calibration(clip, rows, cfg, folder)
-    accelerator.wait_for_everyone()
-    total = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
-    if len(rows) < (size := cfg.rollout_batch_size):
-        accelerator.print(f"{len(rows)} questions for steps of {size}: each repeats some; lower --rollout_batch_size")
-    start = load_checkpoint(folder, accelerator)
-    bar = tqdm(total=total, initial=start, desc=cfg.stage, disable=not accelerator.is_main_process)
-    steps = range(start + 1, total + 1)
-    questions = (step_questions(rows, step, cfg, accelerator)[0].items() for step in steps)
-    clock = time.perf_counter()
-    for step, prompts in zip(steps, prompts_ahead(policy, questions, cfg)):
-        waited = time.perf_counter() - clock
-        _, spare = step_questions(rows, step, cfg, accelerator)
-        seed = f"{cfg.stage} {step}"
-        rollouts, seconds = collect_rollouts(policy, prompts, spare, seed, cfg, clip, accelerator, vocabulary)
-        seconds["rollout"] += waited
-        metrics = rollout_metrics(rollouts, clip, cfg, accelerator)
-        clock = time.perf_counter()
-        metrics["learning_rate"] = set_learning_rate(optimizer, cfg, step - 1, total)
-        metrics |= update_on_rollouts(rollouts, model, reference, optimizer, cfg, accelerator)
-        seconds["update"] = time.perf_counter() - clock
-        report_rollouts(folder, cfg, step, rollouts, bar, accelerator)
-        log_step(folder, cfg, step, total, metrics, seconds, bar, accelerator)
-        samples = lambda: [{"row": r.prompt.row.where, "problem": r.prompt.row.problem, "response": r.text, "reward": str(r.reward)}
-                   for r in rollouts]  # fmt: skip
-        end_step(folder, cfg, step, total, metrics, samples, accelerator)
-        clock = time.perf_counter()
-    bar.close()
-    with writing(folder):
-        save_policy(policy, accelerator, model, folder)
-
-
-def report_rollouts(folder: Path, cfg: Config, step: int, rollouts: list[Rollout], bar, accelerator) -> None:
-    """All rollouts of this step into samples.jsonl; now and then the best and the worst of a group on the screen."""
-    records = [{"step": step, "qid": r.prompt.row.qid, "prompt": r.prompt.row.problem, "completion": r.text, "truncated": r.truncated,
-                "reward": r.reward, "parts": r.parts, "advantage": r.advantage} for r in rollouts]  # fmt: skip
-    records = gather_in_order(rollouts, records)
-    if not accelerator.is_main_process:
-        return
-    append_jsonl(folder / "samples.jsonl", records)
-    if cfg.print_every and (step == 1 or step % cfg.print_every == 0):
-        group = sorted(rollouts[: cfg.group_size], key=lambda r: r.reward)
-        for rollout in (group[-1], group[0]):
-            parts = "  ".join(f"{name} {value:.2f}" for name, value in rollout.parts.items())
-            bar.write(f"--- {rollout.prompt.row.problem} (gold: {rollout.prompt.row.answer})\n{rollout.text}\n"
-                      f"--- reward {rollout.reward:.3f}  advantage {rollout.advantage:+.2f}  {parts}")  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-COLUMNS = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
-MODES = ("greedy", "sampled")
+def evaluate(cfg: Config, data_path: str, folder: Path) -> None:
+    """Answer the held-out questions greedily and sampled, with every model of the run, and print one table.
 
-
-def test_files(cfg: Config) -> dict[str, str]:
-    """{name: path} of the files to evaluate on."""
-    paths = (cfg.from_data or cfg.test_data).split(",")
-    files = {Path(path).stem: path for path in paths}
-    if len(files) < len(paths):
-        raise ConfigError(f"--test_data {','.join(paths)}: each file needs a name of its own")
-    return files
-
-
-def evaluate(cfg: Config, policy: Policy, data_path: str, folder: Path, accelerator: Accelerator) -> None:
-    """Answer held-out questions greedily and sampled; write predictions and scores.json."""
-    rows = checked_rows(data_path, cfg, policy, accelerator, need=("answer",))
-    clip = load_clip(cfg, accelerator) if cfg.clip_model else None
-    policy.to(accelerator.device)
-    for mode, n, temperature in zip(MODES, (1, cfg.eval_samples), (0.0, cfg.eval_temperature)):
-        if n:
-            answer_questions(policy, rows, n, temperature, cfg, clip, folder / f"predictions_{mode}.jsonl", accelerator)
-    if clip and (cut := sum(gather_object([clip.cut_texts]))):
-        accelerator.print(f"{cut} sentences were longer than CLIP's text window; it saw the beginning of them")
-    if accelerator.is_main_process:
-        score_folder(cfg, rows, data_path, folder)
-
-
-def score_folder(cfg: Config, rows: list[Row], data_path: str, folder: Path) -> None:
-    """Grade the predictions saved in a folder: verdicts go into the predictions, totals into scores.json.
-
-    Predictions for a TSV are written in VLMEvalKit's layout too: the input's columns, less the image, and the prediction.
-    Raises DataError for a question without a prediction.
+    Writes folder/<file>/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
+    layout of VLMEvalKit's judge. A model that has scores is not asked again.
     """
-    scores, earlier = {}, folder / "scores.json"
-    earlier = json.loads(earlier.read_text()) if earlier.is_file() else {}  # a regraded file keeps its temperature
-    for mode, temperature in zip(MODES, (0.0, cfg.eval_temperature)):
+    trained = [stage for stage in ORDER if stage != "sample" and Path(cfg.run_dir, stage, "done").is_file()]
+    models = {"base": cfg.model} | {stage: str(Path(cfg.run_dir, stage)) for stage in trained}
+    if cfg.from_model:
+        models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
+    folder, rows, clip_scorer = folder / Path(data_path).stem, [], load_clip(cfg)
+    for name, model_path in models.items():
+        if not (folder / name / "scores.json").is_file():
+            policy = load_policy(model_path, cfg).to(accelerator.device)
+            rows = rows or checked_rows(data_path, cfg, policy, ("answer",))
+            evaluate_model(policy, rows, folder / name, cfg, clip_scorer)
+    scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
+    table = evaluation_table(scores, f"questions of {Path(data_path).name}, judged by rule")
+    write_text(folder / "table.txt", table + "\n")
+    accelerator.print("\n" + table)
+
+
+def evaluate_model(policy: Policy, rows: list[Row], folder: Path, cfg: Config, clip_scorer) -> None:
+    """Answer the rows greedily and sampled; score what was saved."""
+    scores = {}
+    for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
         path = folder / f"predictions_{mode}.jsonl"
-        if saved := {record["qid"]: record for record in read_jsonl(path)}:
-            if missing := [row.where for row in rows if row.qid not in saved]:
-                raise DataError(
-                    f"{path} has no prediction for {len(missing)} questions, the first is {missing[0]}: evaluate first"
-                )
+        if n:
+            answer_questions(policy, rows, n, replace(cfg, temperature=temperature), path, clip_scorer)
+        if n and accelerator.is_main_process:
+            saved = {record["qid"]: record for record in read_jsonl(path)}
             records = [saved[row.qid] for row in rows]
-            if other := [
-                row.where for row, record in zip(rows, records) if record.get("problem", row.problem) != row.problem
-            ]:
-                raise DataError(f"{path} answers other questions than {data_path}, first at {other[0]}")
-            if len(counts := {len(record["responses"]) for record in records}) > 1:
-                raise DataError(
-                    f"{path} has {min(counts)} to {max(counts)} responses to a question: it takes the same number for each"
-                )
-            scores[mode] = {
-                "temperature": earlier.get(mode, {}).get("temperature", temperature),
-                **score_predictions(rows, records),
-            }
-            write_jsonl(path, records)
-            if data_path.lower().endswith(".tsv"):
-                with writing(path):
-                    write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
-    if not scores:
-        raise DataError(f"{folder} has no predictions to score")
-    write_json(folder / "scores.json", scores)
-
-
-def regrade(cfg: Config, data_path: str, folder: Path, accelerator: Accelerator) -> None:
-    """Score the saved predictions again: after a change of the rules, the gold answers or --benchmark. Needs no model."""
-    rows, problems = read_rows(data_path, cfg, ("answer",))
-    stop_for_broken_rows(data_path, problems, cfg, accelerator)
-    if accelerator.is_main_process:
-        if cfg.skip_bad_rows:  # rows that were dropped when their pictures were opened
-            saved = {record["qid"] for mode in MODES for record in read_jsonl(folder / f"predictions_{mode}.jsonl")}
-            rows = [row for row in rows if row.qid in saved]
-        score_folder(cfg, rows, data_path, folder)
+            scores[mode] = {"temperature": temperature, **score_predictions(rows, records)}
+            rewrite_jsonl(path, records)  # now with answers and verdicts
+            if "index" in rows[0].raw:
+                write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
+    write_text(folder / "scores.json", json.dumps(scores, indent=1))
     accelerator.wait_for_everyone()
 
 
-def evaluation_table(title: str, folders: dict[str, Path]) -> str:
-    """One table over all models evaluated on a file; at the end of a line the 95 % interval and what the benchmark adds."""
-    width, lines = max(map(len, folders)) + 2, []
-    scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
-    for mode, name in itertools.product(MODES, folders):
-        if row := scores[name].get(mode):
-            cells = ["-" if row[c] is None else f"{row[c]:.{1 if c == 'tokens' else 3}f}" for c in COLUMNS]
-            more = {"extracted": row["extracted"]} | {
-                key: value for key, value in row["further"].items() if value is not None
-            }
-            lines.append(f"{name:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells)
-                         + "   {:.3f}-{:.3f}".format(*row["interval_95"]) + "".join(f"   {key} {more[key]:.4g}" for key in more))  # fmt: skip
-            last = row
-    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
-    sampled = f"; sampled: {last['responses_each']} responses each, T = {last['temperature']}" if last["temperature"] else ""
-    return "\n".join([header, *lines, f"{last['n']} questions of {title}, judged by rule: {last['benchmark']}{sampled}"])
+# ============================================================================================================
+# That was the method. Below: what its loops call by name, logs and checkpoints, the dry run, run folders, main.
+# ============================================================================================================
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory: what a step will need, before it needs it
+@functools.cache
+def read_instruction(prompt_file: str) -> str:
+    text = Path(prompt_file).read_text("utf-8-sig") if prompt_file else INSTRUCTION
+    if "{question}" not in text:
+        raise ConfigError(f"--prompt_file {prompt_file}: no {{question}} in it, the question's place")
+    return text
 
 
-def kv_bytes(policy: Policy, cfg: Config, n: int) -> int:
-    """Bytes of KV cache for one response of n to a prompt, at full length. The fast engine holds the prompt once."""
-    text = policy.model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if cfg.mixed_precision == "bf16" else 4)
-    return per_token * (cfg.max_prompt_length // (n if policy.fast else 1) + cfg.max_new_tokens)
+def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str, ...]) -> list[Row]:
+    """Rows of a data file that have the fields in `need`; with a policy, each is encoded as training will.
+    Broken rows stop the run with the whole list; --skip_bad_rows drops and counts them [9]."""
+    root = cfg.image_root
+    if not root and Path(path).parent == Path(cfg.run_dir, "sample"):  # its pictures are where they were
+        summary = json.loads(Path(path).with_name("summary.json").read_text())
+        root = str(Path(path).parent / summary["image_root"])
+    rows, problems = load_rows(path, root, need)
 
-
-def device_bytes(accelerator: Accelerator) -> int:
-    """Of this process's GPU; of the machine's memory its share."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_properties(accelerator.device).total_memory
-    return psutil.virtual_memory().total // local_processes()
-
-
-def peak_gib(accelerator: Accelerator) -> float:
-    """Of this process so far: GPU memory, on a CPU all of its memory."""
-    on_gpu = accelerator.device.type == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    used = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return round(used / 2**30, 2)
-
-
-def local_processes() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def held_bytes(policy: Policy, cfg: Config, accelerator: Accelerator) -> dict[str, int]:
-    """What a process holds all the time, and the copy of the weights that it computes with (gathered, or autocast's)."""
-    weights, computes = sum(p.numel() for p in policy.parameters()), 2 if cfg.mixed_precision == "bf16" else 4
-    if cfg.stage not in (*STAGE_REWARDS, "dryrun"):  # sampling, evaluation
-        return {"weights": 4 * weights, "copy of the weights": 2 * weights if computes == 2 else 0}
-    states = 16 if accelerator.is_fsdp2 or accelerator.num_processes == 1 else 20  # DDP has gradient buckets, too
-    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
-    return {
-        "weights, gradients, Adam": states * weights // shards,
-        "copy of the weights": computes * weights if accelerator.is_fsdp2 or computes == 2 else 0,
-        "reference model": computes * weights // shards if cfg.kl_coef else 0,
-    }
-
-
-def generate_batch_size(policy: Policy, cfg: Config, accelerator: Accelerator, n: int) -> int:
-    """--generate_batch_size, or as many responses (n to a prompt) as fit into half of the memory that the models leave; a
-    multiple of n. Computed from the device's whole memory, not from what happens to be free, so that a resumed run has the
-    same batches."""
-    size = cfg.generate_batch_size
-    if not size:
-        room = max(0, device_bytes(accelerator) - sum(held_bytes(policy, cfg, accelerator).values())) // 2
-        step = cfg.rollout_batch_size // accelerator.num_processes * cfg.group_size
-        most = step if cfg.stage in (*STAGE_REWARDS, "dryrun") else 1024  # sampling, evaluation: results come chunk by chunk
-        size = min(room // (kv_bytes(policy, cfg, n) + prefill_bytes(policy, cfg, n)), most)
-    return max(n, size // n * n)
-
-
-def prefill_bytes(policy: Policy, cfg: Config, n: int) -> int:
-    """Bytes for one response of n to a prompt, beside its KV cache: the widest activations of a prefill, and sample_tokens."""
-    text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
-    prompt = cfg.max_prompt_length * (4 * text.hidden_size + 3 * text.intermediate_size) * bytes_
-    return prompt // (n if policy.fast else 1) + 6 * text.vocab_size * 4
-
-
-def memory_plan(policy: Policy, clip: ClipScorer | None, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
-    """GiB per process that a GRPO step needs at the configured maximum lengths. Activations are an estimate."""
-    text, bytes_ = policy.model.config.get_text_config(), 2 if cfg.mixed_precision == "bf16" else 4
-    T, C, B = cfg.max_prompt_length, cfg.max_new_tokens, cfg.micro_batch_size
-    tokens = math.ceil(B / cfg.group_size) * T + B * C if policy.fast else B * (T + C)
-    layers, layer = text.num_hidden_layers, tokens * (12 * text.hidden_size + 4 * text.intermediate_size) * bytes_
-    kept = layer + layers * tokens * text.hidden_size * bytes_ if cfg.gradient_checkpointing else layers * layer
-    beside = clip and torch.device(clip.device).type == accelerator.device.type
-    plan = {
-        **held_bytes(policy, cfg, accelerator),
-        "CLIP": sum(p.nbytes for p in clip.model.parameters()) if beside else 0,
-        "KV cache of a rollout": kv_bytes(policy, cfg, cfg.group_size)
-        * generate_batch_size(policy, cfg, accelerator, cfg.group_size),
-        "activations of an update": kept,
-        "logits of an update": 4 * min(LOGITS_CHUNK, B * C) * text.vocab_size * 4,
-    }
-    return {name: value / 2**30 for name, value in plan.items()}
-
-
-def print_memory_plan(policy: Policy, clip: ClipScorer | None, cfg: Config, accelerator: Accelerator) -> float:
-    """The plan beside what there is, and what to lower if it does not fit. Returns the GiB needed at the worst moment."""
-    plan, there = memory_plan(policy, clip, cfg, accelerator), device_bytes(accelerator) / 2**30
-    *held, rollout, activations, logits = plan.values()
-    held, update = sum(held), activations + logits
-    needed = held + max(rollout, update)  # they take turns
-    for name, value in plan.items():
-        accelerator.print(f"  {value:8.2f} GiB  {name}")
-    accelerator.print(f"  {needed:8.2f} GiB  needed on each process, {there:.1f} GiB there")
-    if needed > there:
-        takes = "to lower --micro_batch_size, then --max_new_tokens and --max_pixels"
-        takes = "to lower --generate_batch_size" if rollout > update else takes
-        sharding = "" if accelerator.is_fsdp2 else ", sharding over several GPUs (configs/fsdp2.yaml)"
-        takes = f"more memory{sharding}, or --kl_coef 0 (no reference model)" if held > there else takes
-        accelerator.print(f"  THIS DOES NOT FIT: it takes {takes}")
-    return needed
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Dry run: one GRPO step in the worst case, to know before a run what it will cost
-
-
-def worst_case_prompts(policy: Policy, count: int, folder: str, cfg: Config) -> list[Prompt]:
-    """Prompts of --max_prompt_length tokens with a noise picture of --max_pixels each."""
-    side, prompts = math.isqrt(cfg.max_pixels), []
-    for i in range(count):
-        path, pixels = os.path.join(folder, f"{i}.png"), torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(path)
-        prompt = encode_prompt(policy, Row("dryrun", str(i), "a", "1", [path]), cfg, "{question}")
-        filler = prompt.inputs["input_ids"][:, :1].expand(1, cfg.max_prompt_length)  # the first token, again and again
-        missing = cfg.max_prompt_length - prompt.inputs["input_ids"].shape[1]
-        for name, value in prompt.inputs.items():
-            if value.shape == prompt.inputs["attention_mask"].shape and name != "attention_mask":
-                front = filler if name == "input_ids" else torch.zeros_like(filler)
-                prompt.inputs[name] = torch.cat([front[:, :missing], value], 1)
-        prompt.inputs["attention_mask"] = torch.ones_like(prompt.inputs["input_ids"])
-        prompts.append(prompt)
-    return prompts
-
-
-def allocate_adam(model, optimizer, cfg: Config) -> None:
-    """Adam takes its memory at its first step: an empty one, before anything is measured."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    set_learning_rate(optimizer, replace(cfg, learning_rate=0.0), 0, 1)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def print_projection(wall: dict, result: dict, cfg: Config, accelerator: Accelerator) -> None:
-    """Hours of GRPO over all of --train_data, if it is there, into `result` and on the screen."""
-    if os.path.isfile(cfg.train_data):
-        rows, problems = read_rows(cfg.train_data, cfg)
-        stop_for_broken_rows(cfg.train_data, problems, cfg, accelerator)
-        steps = number_of_steps(len(rows), cfg.rollout_batch_size, cfg)
-        result["hours"] = round(steps * sum(wall.values()) / 3600, 2)
-        hours = f"{steps} such steps, {result['hours']} hours at the most"
-        accelerator.print(f"  GRPO on all {len(rows)} questions of {cfg.train_data}: {hours}")
-
-
-def dryrun(cfg: Config, accelerator: Accelerator) -> None:
-    """One full-size GRPO step at the maximum lengths: memory plan and peak, seconds and tokens/s, hours of the whole run.
-
-    No response ends early, rewards are random. Prints a table, and the same as one line "DRYRUN {json}".
-    """
-    cfg = replace(cfg, mask_truncated=False)  # else there would be no update: no response here ends
-    torch.manual_seed(cfg.seed)  # weights (--random_init), pictures and rewards
-    policy = load_policy(cfg.from_model or cfg.model, cfg)
-    accelerator.print(f"memory plan ({sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters)")
-    clip = load_clip(cfg, accelerator) if cfg.clip_model else None
-    planned = print_memory_plan(policy, clip, cfg, accelerator)
-    model, optimizer = prepare_training(policy, cfg, accelerator)
-    reference = load_reference(cfg.from_model or cfg.model, cfg, accelerator)
-    policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
-    allocate_adam(model, optimizer, cfg)
-    with tempfile.TemporaryDirectory() as folder:
-        prompts = worst_case_prompts(policy, cfg.rollout_batch_size // accelerator.num_processes, folder, cfg)
-    wall, cpu = {}, {}
-
-    def timed(name, work):
-        clocks = time.perf_counter(), time.process_time()
-        result = work()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        wall[name], cpu[name] = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
-        return result
-
-    generate = lambda prompts, cfg: generate_rollouts(policy, prompts, cfg.group_size, cfg, accelerator, cfg.temperature)
-    generate(prompts[:1], replace(cfg, max_new_tokens=2))  # wakes libraries
-    rollouts = timed("rollout", lambda: generate(prompts, cfg))
-    for rollout in rollouts:  # CLIP's worst case: every token describes the picture
-        rollout.text = f"### Image Description: {rollout.text}\n### Rationales:"
-    timed("reward", lambda: score_rollouts(rollouts, clip))
-    rewards = torch.rand(len(prompts), cfg.group_size)
-    for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist()):
-        rollout.advantage = advantage
-    timed("reference", lambda: add_reference(rollouts, reference, cfg, accelerator))
-    timed("update", lambda: update_on_rollouts(rollouts, model, None, optimizer, cfg, accelerator))
-    tokens = sum(len(r.tokens) for r in rollouts) * accelerator.num_processes
-    result = {
-        "engine": "fast" if policy.fast else "plain", "parameters": sum(p.numel() for p in policy.parameters()),
-        "prompt_tokens": prompts[0].inputs["input_ids"].shape[1], "completion_tokens": len(rollouts[0].tokens),
-        "responses": len(rollouts) * accelerator.num_processes,
-        "wall_s": {name: round(value, 3) for name, value in wall.items()}, "cpu_s": {name: round(value, 3) for name, value in cpu.items()},
-        "step_wall_s": round(sum(wall.values()), 3), "step_cpu_s": round(sum(cpu.values()), 3),
-        "tokens_per_s": {name: round(tokens / value, 1) for name, value in wall.items() if value},
-        "planned_gib": round(planned, 2), "there_gib": round(device_bytes(accelerator) / 2**30, 1),
-        "peak_gib": peak_gib(accelerator),
-    }  # fmt: skip
-    for name in wall:
-        accelerator.print(f"  {name:<10}{wall[name]:9.2f} s   {tokens / wall[name]:10.0f} completion tokens/s")
-    accelerator.print(f"  peak {result['peak_gib']} GiB, planned {planned:.2f} GiB")
-    print_projection(wall, result, cfg, accelerator)
-    accelerator.print("DRYRUN " + json.dumps(result))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Survival: signals, a lock on the run folder, files that are whole or not there, faults that say what to do
-
-
-class RunError(Exception):
-    """The world failed in the middle of a run (memory, disk, a reward, numbers): says what, and how to go on."""
-
-
-class RewardError(RunError):
-    """A reward failed on one response."""
-
-    def __init__(self, rollout: Rollout, reason: str):
-        row = rollout.prompt.row
-        self.sample = {"qid": row.qid, "row": row.where, "problem": row.problem, "answer": row.answer, "response": rollout.text, "error": reason}  # fmt: skip
-        super().__init__(f"the reward failed on question {row.qid} ({row.where}): {reason}\nThe response: {rollout.text[:2000]}")  # fmt: skip
-
-
-class Interrupted(Exception):
-    """A signal (args[0]) has stopped the run; what it had in hand is finished and saved."""
-
-
-class Signals:
-    """Inside, SIGTERM and Ctrl-C are only noted, and the run stops where it can go on later: at the end of a step or a chunk.
-    A second one, a second or more later (launchers pass on what the terminal has sent to all), stops it at once."""
-
-    number = noted = 0
-
-    def __enter__(self):
-        self.number, self.before = 0, {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(self, number, frame):
-        if self.number and time.monotonic() - self.noted >= 1:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.noted = number, time.monotonic()
-            name = signal.Signals(number).name  # os.write: print must not be used inside a signal
-            os.write(2, f"\npebr.py: {name}: stops after the step in hand; once more stops at once\n".encode())
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-SIGNALS = Signals()
-
-
-def stop_if_asked(accelerator: Accelerator, save=lambda: None) -> None:
-    """If some process has noted a signal, save and raise Interrupted: on all processes, so that none waits for another."""
-    if number := int(accelerator.gather(torch.tensor([SIGNALS.number], device=accelerator.device)).max()):
-        save()
-        raise Interrupted(number)
-
-
-@contextmanager
-def run_lock(folder: Path, accelerator: Accelerator):
-    """One run at a time in a run folder: inside, the main process has run.lock, which the kernel frees if the process is killed.
-
-    Raises ConfigError, on all processes, if the folder is in use or cannot be written."""
-    problem, lock = [""], nullcontext()
-    if accelerator.is_main_process:
+    def problem(row: Row) -> str:
         try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = open(folder / "run.lock", "a+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}", file=lock, flush=True)
-        except RunError as error:
-            problem = [str(error)]
-        except BlockingIOError:
-            lock.seek(0)
-            problem = [f"{folder} is in use by {lock.read().strip()}: wait for it, or use another --run_dir"]
-        except OSError as error:
-            print(f"{folder} cannot be locked here ({error}): take care that no two runs use it at once", flush=True)
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise ConfigError(problem[0])
-    with lock:
-        yield
+            example = encode_example(policy, row, cfg)
+        except DataError as error:
+            return str(error)
+        length = example.prompt.inputs["input_ids"].shape[1] + len(example.tokens) * bool(row.response)
+        return f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
 
-
-@contextmanager
-def writing(path: Path):
-    """Inside, a full disk or a folder that cannot be written raises RunError, which names the path."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # which is how torch.save says it
-            raise
-        raise RunError(f"cannot write {path}: {error}\nMake room, or make it writable. Nothing finished is lost: the same command "
-                       "then goes on from the last checkpoint.") from error  # fmt: skip
-
-
-def sync(path: Path) -> None:
-    """Returns once the file, or what the folder lists, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError) if path.is_dir() else writing(path):  # some filesystems cannot sync a folder
-        os.fsync(handle)
-    os.close(handle)
-
-
-OUT_OF_MEMORY = {  # what to lower, by the function that memory ran out in
-    "load_policy": "loading a model: take a smaller --model, more processes that shard it, or (GRPO) --kl_coef 0, which needs no reference model",
-    "load_clip": "loading CLIP: --clip_device cpu keeps it off the GPU, or take a smaller --clip_model",
-    "generate_rollouts": "the rollout: lower --generate_batch_size, then --max_new_tokens",
-    "score_rollouts": "the reward: --clip_device cpu keeps CLIP off the GPU",
-    "rollout_logprobs": "the reference's log-probs: lower --micro_batch_size, then --max_new_tokens and --max_pixels",
-    "optimizer_step": "the update: lower --micro_batch_size, then --max_new_tokens (warm-up: --max_sft_length) and --max_pixels",
-    "save_checkpoint": "writing a checkpoint: raise --checkpoint_minutes, or free memory of the machine",
-}  # fmt: skip
-
-
-def out_of_memory(error: BaseException) -> str:
-    """Which flag to lower, told from the function that was at work; "" if the error is another one."""
-    if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-        return ""
-    at_work = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    phases = [text for name, text in OUT_OF_MEMORY.items() if name in at_work]
-    phase = phases[0] if phases else "none of the known phases: lower --micro_batch_size or --max_pixels"
-    return (f"out of memory in {phase}. The same command with that flag goes on from the last checkpoint (with another length, picture "
-            f"size, --kl_coef or model it begins the stage anew, and wants --overwrite).\n{error}")  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checks: settings that cannot work, model folders that are not what they seem
-
-
-def check_config(cfg: Config, num_processes: int) -> None:
-    """Raises ConfigError for settings that cannot work, before anything is loaded."""
-
-    def need(condition, message):
-        if not condition:
-            raise ConfigError(message)
-
-    for name, allowed in dict(lr_schedule=["constant", "cosine"], loss_mean=["token", "sequence", "constant"], ratio=["token", "sequence"],
-                              warmup_cases=["all", "hard"], engine=["auto", "plain"], mixed_precision=["no", "bf16"], clip_device=["", "cpu"]).items():  # fmt: skip
-        need(
-            getattr(cfg, name) in allowed,
-            f"--{name} {getattr(cfg, name)}: must be one of {', '.join(filter(None, allowed))}",
+    if policy:
+        batches = in_batches(rows[accelerator.process_index :: accelerator.num_processes], 64)
+        found = encoded_ahead(batches, lambda row: (row.where, problem(row)))
+        found = tqdm(found, total=len(batches), desc=f"checking {Path(path).name}", leave=False)
+        found = dict(gather_object(list(itertools.chain(*found))))
+        problems += [found[row.where] for row in rows if found[row.where]]
+        rows = [row for row in rows if not found[row.where]]
+    if problems:
+        listed = "\n  ".join([f"{path}: {len(problems)} broken rows", *problems[:50]])
+        if not cfg.skip_bad_rows:
+            raise DataError(f"{listed}\n--skip_bad_rows drops them")
+        accelerator.print(f"dropped: {listed}")
+    if not rows:
+        raise DataError(
+            f"{path}: no usable rows; if sampling wrote it, warm up longer or use --from_data FILE"
         )
-    for f in fields(Config):
-        if f.type in (int, float):
-            need(0 <= getattr(cfg, f.name) < math.inf, f"--{f.name} {getattr(cfg, f.name)}: must be a number, not negative")
-    for name in ("epochs", "max_new_tokens", "micro_batch_size", "min_pixels", "temperature", "sft_batch_size",
-                 "rollout_batch_size", "update_batch_size", "grad_clip", "eval_temperature", "keep_checkpoints"):  # fmt: skip
-        need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be greater than 0")
-    for name in ("DEEPSPEED", "MEGATRON_LM"):  # what accelerate's launcher and its saved config say
-        need(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "false",
-             f"accelerate is set to use {name}, which is not supported: launch with --multi_gpu, or run `accelerate config` anew")  # fmt: skip
-    need(not os.path.isfile(cfg.run_dir), f"--run_dir {cfg.run_dir}: is a file")
-    trackers = [str(tracker.value) for tracker in get_available_trackers()]
-    need(
-        not cfg.log_with or cfg.log_with in trackers,
-        f"--log_with {cfg.log_with}: not installed; installed are {', '.join(trackers) or 'none'}",
-    )
-    need(
-        cfg.group_size > 1, f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage; use 2 or more"
-    )
-    need(
-        cfg.clip_dual == 0 or cfg.clip_dual > 1,
-        f"--clip_dual {cfg.clip_dual}: 0 (off) or more than 1, else no bad token has a gradient",
-    )
-    need(
-        not cfg.random_init or cfg.stage == "dryrun",
-        "--random_init is for --stage dryrun: nothing trains from random weights",
-    )
-    need(0 < cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be in (0, 1]")
-    need(cfg.min_pixels <= cfg.max_pixels, f"--min_pixels {cfg.min_pixels} is more than --max_pixels {cfg.max_pixels}")
-    need(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo} must be less than --cosine_hi {cfg.cosine_hi}")
-    if cfg.stage in (*STAGE_REWARDS, "dryrun"):
-        need(cfg.rollout_batch_size % cfg.update_batch_size == 0,
-             f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --update_batch_size {cfg.update_batch_size}")  # fmt: skip
-        need(cfg.update_batch_size % num_processes == 0,
-             f"--update_batch_size {cfg.update_batch_size} does not divide over {num_processes} processes (whole groups stay together)")  # fmt: skip
-    need(cfg.stage != "warmup" or cfg.sft_batch_size % num_processes == 0,
-         f"--sft_batch_size {cfg.sft_batch_size} does not divide over {num_processes} processes")  # fmt: skip
-    need(not cfg.benchmark or cfg.benchmark in BENCHMARKS,
-         f"--benchmark {cfg.benchmark}: must be one of {', '.join(BENCHMARKS)}")  # fmt: skip
-    need(not cfg.regrade or cfg.stage == "evaluate", "--regrade is for --stage evaluate")
-    advice = {"sft_data": ", or (no warm-up) --stage sample --from_model MODEL", "train_data": "", "test_data": ""}
-    for stage, name in (("warmup", "sft_data"), ("sample", "train_data"), ("evaluate", "test_data")):
-        need(cfg.stage != stage or getattr(cfg, name) or cfg.from_data, f"--stage {stage} needs --{name}{advice[name]}")
-    need(cfg.stage != "perception" or cfg.clip_model,
-         "--stage perception needs --clip_model, for example ViT-L-14-336-quickgelu/openai or fg-clip:my_fg_clip_folder")  # fmt: skip
+    return rows
 
 
-def check_model_flag(flags: dict, cfg: Config) -> None:
-    """Raises ConfigError where --model was left out in a run folder of a real model: the toy's settings would apply."""
-    for path in [] if "model" in flags else Path(cfg.run_dir).glob("*/run_config.json"):
-        model = ""
-        with suppress(ValueError, KeyError, TypeError):
-            model = json.loads(path.read_text())["model"]
-        if model and Path(model).parts[-2:] != ("toy", "model"):
-            raise ConfigError(f"{cfg.run_dir} was made with --model {model}: repeat it, and the flags for data")
+def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> list[Row]:
+    """The stage's questions. This run's own sampling has already checked the pictures of those it wrote."""
+    need = ("answer", "key_words") if "keyword" in weights else ("answer",)
+    rows = checked_rows(data_path, cfg, policy if cfg.from_data else None, need)
+    if "clip" in weights:
+        count, rows = len(rows), [row for row in rows if row.images]
+        accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
+    if len(rows) < cfg.batch_size:
+        accelerator.print(f"{len(rows)} questions for steps of {cfg.batch_size}: each step repeats some")
+    return rows
 
 
-def told(error: Exception) -> str:
-    """A library's error in one line of bearable length, with its type where the message alone says too little."""
-    text = str(error) if " " in str(error) else repr(error)
-    return " ".join(text.split())[:600]
+def local_questions(rows: list[Row], step: int, cfg: Config) -> list[tuple[int, Row]]:
+    """This process's part of every update of a step (from 0), as (position in the step, row): an update has
+    the same questions on any number of processes. Steps follow each other through shuffled epochs."""
+    batch = []
+    for position in range(cfg.batch_size):
+        epoch, i = divmod(step * cfg.batch_size + position, len(rows))
+        batch.append((position, rows[shuffled(len(rows), f"{cfg.seed} {epoch}")[i]]))
+    size, mine = cfg.update_batch_size // accelerator.num_processes, []
+    for update in in_batches(batch, cfg.update_batch_size):
+        mine += update[accelerator.process_index * size :][:size]
+    return mine
 
 
-def folder_advice(path: str, error: Exception) -> str:
-    """What to do about a model folder that cannot be loaded."""
-    pickles = [file.name for file in sorted(Path(path).glob("*")) if file.suffix in (".bin", ".pt", ".pth")]
-    if pickles and not any(Path(path).glob("*.safetensors")):
-        return (
-            f"{pickles[0]} is a pickle, which is never opened: save the model again as safetensors, as save_pretrained does"
-        )
-    if not Path(path).exists():
-        return (
-            "there is no such folder, and from the hub it could not be had: check the name, the network and HF_HUB_OFFLINE"
-        )
-    if "trust_remote_code" in str(error):
-        return "the code in it runs with --trust_remote_code only"
-    return "it must be a vision-language model's whole folder: config, safetensors, tokenizer, processor, chat template"
+@functools.lru_cache(maxsize=2)
+def shuffled(count: int, seed: str) -> list[int]:
+    return torch.randperm(count, generator=seeded(seed)).tolist()
 
 
-def check_policy(path: str, model, processor, broken: list[str]) -> None:
-    """Raises ConfigError for a folder that loads, but not to the model that was meant. broken: tensors that did not fit."""
-    broken += [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    rows, words = model.get_input_embeddings().num_embeddings, len(processor.tokenizer)
-    if broken:
-        raise ConfigError(f"{path}: {len(broken)} tensors are missing, of another shape or not finite, first {broken[0]}: "
-                          "its weights belong to another config.json, or are incomplete")  # fmt: skip
-    if words > rows:
-        raise ConfigError(f"{path}: its tokenizer has {words} tokens, the model only {rows}: it belongs to another model")
-    ids = {name: getattr(model.config, name, None) for name in MARK_IDS}
-    if wrong := [name for name, i in ids.items() if i is not None and not 0 <= i < rows]:
-        raise ConfigError(f"{path}: {wrong[0]} {ids[wrong[0]]} of its config.json is none of the model's {rows} tokens")
-    if not getattr(processor, "chat_template", None):
-        raise ConfigError(f"{path} has no chat template: add chat_template.jinja to the folder")
-    row = Row("", "", "q", "", ["a picture"])
-    try:
-        prompt = processor_inputs(processor, row, [Image.new("RGB", (112, 112))], "{question}")["input_ids"]
-    except Exception as error:  # templates and processors raise what they like
-        raise ConfigError(f"{path}: its processor cannot write a prompt with one picture ({told(error)}): "
-                          "chat template, tokenizer and processor must come from one model")  # fmt: skip
-    marks = [mark for mark in (ids["image_token_id"], ids["image_token_index"]) if mark is not None]
-    if marks and not set(marks) & set(prompt[0].tolist()):
-        raise ConfigError(f"{path}: its processor marks no picture with the image token {marks[0]} of config.json: "
-                          "tokenizer and model must belong together")  # fmt: skip
+def seeded(seed: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(seed.encode()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage folders: what is done, with which settings, and what it was made from
+def in_batches(items, size: int) -> list:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def read_record(folder: Path) -> dict | None:
-    """The stage.json of a folder, None without one. Raises ConfigError if it is not what begin_stage has written."""
-    if not Path(folder, "stage.json").is_file():
+def encoded_ahead(batches, encode):
+    """Yields each batch with `encode` applied to its items: for a GPU by threads, while the batch before it
+    trains; on a CPU in line, because threads would take the cores that train."""
+    if accelerator.device.type == "cpu":
+        yield from ([encode(item) for item in batch] for batch in batches)
+        return
+    with ThreadPoolExecutor(4) as pool:
+        ahead = []
+        for batch in batches:
+            ahead.append([pool.submit(encode, item) for item in batch])
+            if len(ahead) == 2:
+                yield [future.result() for future in ahead.pop(0)]
+        for futures in ahead:
+            yield [future.result() for future in futures]
+
+
+def load_reference(model_path: str, cfg: Config) -> Policy | None:
+    """The stage's start model, frozen, parameters in the compute dtype; None without a KL term."""
+    if not cfg.kl_coef:
         return None
-    with suppress(ValueError):
-        record = json.loads(Path(folder, "stage.json").read_text())
-        if isinstance(record, dict) and {"finished", "settings", "inputs", "from"} <= record.keys():
-            return record
-    raise ConfigError(f"{folder}/stage.json is damaged: delete the folder {folder} to make the stage again")
+    reference = load_policy(model_path, cfg).eval().requires_grad_(False)
+    if cfg.mixed_precision == "bf16":
+        for p in reference.parameters():  # not .to(bfloat16): rotary frequencies, a buffer, stay float32
+            p.data = p.data.bfloat16()
+    if accelerator.is_fsdp2:  # by torch: accelerate shards only what has an optimizer
+        for module in (*reference.model.get_decoder().layers, reference):
+            precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(module, reshard_after_forward=True, mp_policy=precision)
+        return reference
+    return reference.to(accelerator.device)
 
 
-def fingerprint(path: str) -> str:
-    """Of a stage's folder: the moment it was finished. Of a file: its content. Of anything else: its name."""
-    if os.path.isfile(path):
-        return hashlib.sha1(Path(path).read_bytes()).hexdigest()
-    if record := read_record(path):
-        return record["finished"]
-    return os.path.realpath(path) if os.path.isdir(path) else path
+def load_clip(cfg: Config) -> ClipScorer | None:
+    """The CLIP model, next to the policy; None if the stage does not weigh it."""
+    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"]):
+        return None
+    with accelerator.local_main_process_first():  # it downloads, the others find that done
+        return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
 
 
-def is_finished(folder: Path) -> bool:
-    return bool((read_record(folder) or {}).get("finished"))
+def score_rollouts(rollouts: list[Rollout], clip_scorer: ClipScorer | None) -> list[dict]:
+    """The reward parts of each rollout (rewards.score_parts)."""
+    rows, images = [r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts]
+    texts, lengths = [r.text for r in rollouts], [len(r.tokens) for r in rollouts]
+    return score_parts(rows, images, texts, lengths, clip_scorer)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text)
-        sync(temporary)
-        temporary.replace(path)
+# ------------------------------------------------------------------------------------------------------------
+# Logs and checkpoints
 
 
-def write_json(path: Path, value) -> None:
-    replace_file(path, json.dumps(value, indent=1))
+def answer_record(group: list[tuple[Rollout, dict]]) -> dict:
+    """One question's line in rollouts.jsonl or predictions_*.jsonl."""
+    rollouts, parts = zip(*group)
+    row = rollouts[0].prompt.row
+    record = {"qid": row.qid, "problem": row.problem, "answer": row.answer, "parts": list(parts)}
+    record |= {"scores": [part["accuracy"] for part in parts], "responses": [r.text for r in rollouts]}
+    record["tokens"] = [len(r.tokens) for r in rollouts]
+    return record | {"truncated": [r.truncated for r in rollouts]}
 
 
-def begin_stage(folder: Path, cfg: Config, inputs: dict[str, str], asked: bool, accelerator: Accelerator) -> bool:
-    """Make or find the stage's folder. True: run it (from its start or its checkpoint); False: it is finished.
+def rollout_records(rollouts: list[Rollout], parts: list[dict], rewards, advantages) -> list[dict]:
+    """All processes' rollouts, in the order of the step's questions: lines of samples.jsonl."""
+    records = []
+    for i, r in enumerate(rollouts):
+        record = {"qid": r.prompt.row.qid, "prompt": r.prompt.row.problem, "answer": r.prompt.row.answer}
+        record |= {"completion": r.text, "tokens": len(r.tokens), "truncated": r.truncated, "parts": parts[i]}
+        record |= {"reward": float(rewards[i]), "advantage": float(advantages[i])}
+        records.append((r.prompt.position, i, record))
+    return [record for _, _, record in sorted(gather_object(records), key=lambda item: item[:2])]
 
-    Raises ConfigError if the folder was made from other inputs, or (unless it is finished and nobody asked for it) with
-    other settings. One that stopped before it had done anything, at a broken row for example, begins anew.
-    """
-    settings = {name: getattr(cfg, name) for name in SETTINGS[cfg.stage].split()}
-    settings |= {"reward": STAGE_REWARDS.get(cfg.stage), "instruction": read_instruction(cfg)}
-    inputs = {name: fingerprint(path) for name, path in inputs.items() if path}
-    stop_if_asked(accelerator)
-    old = read_record(folder)
-    run, changed = not (old and old["finished"]), []
-    if old:
-        changed = [f"its {name} has changed since" for name in inputs if old["inputs"].get(name) != inputs[name]]
-        if asked or run:
-            was = old["settings"]
-            changed += [
-                f"{name} was {was.get(name)!r}, now {value!r}" for name, value in settings.items() if was.get(name) != value
-            ]
-    anew = bool(old and (cfg.overwrite and asked or run and changed and not resumable(folder)))
-    if changed and not anew:
-        raise ConfigError(f"{folder} was made otherwise:\n  " + "\n  ".join(changed)
-                          + "\nUse another --run_dir, or name the stage with --overwrite to redo it.")  # fmt: skip
-    run, removed = run or anew, folder.with_name(f".{folder.name}.removed")
-    accelerator.wait_for_everyone()  # all have read what follows may remove
+
+def rollout_metrics(records: list[dict], cfg: Config) -> dict[str, float]:
+    """Means over a step's rollouts."""
+    numbers = [{name: r[name] for name in ("reward", "truncated")} | r["parts"] for r in records]
+    rewards = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size)  # (P, G)
+    metrics = mean_of(numbers) | {"tied_groups": float(is_tied(rewards).float().mean())}
+    metrics |= {"reward_std": float(rewards.std(dim=1).mean()), "tokens": sum(r["tokens"] for r in records)}
+    return metrics | {"length_tokens": metrics["tokens"] / len(records)}
+
+
+def mean_of(dicts: list[dict]) -> dict[str, float]:
+    """Mean of each number over the dicts that have it: a part that does not apply to a row is not there."""
+    values = {}
+    for name, value in itertools.chain(*(each.items() for each in dicts)):
+        values.setdefault(name, []).append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+class StepLog:
+    """A training stage's position, clock, progress bar, log files and checkpoints."""
+
+    def __init__(self, folder: Path, cfg: Config, num_rows: int):
+        self.folder, self.cfg = folder, cfg
+        self.total = cfg.max_steps or math.ceil(num_rows * cfg.epochs / cfg.batch_size)
+        self.step = load_checkpoint(folder) + 1  # the step in hand, from 1
+        self.bar = tqdm(total=self.total, initial=self.step - 1, desc=cfg.stage)
+        self.seconds, self.clock, self.saved = {}, time.perf_counter(), time.monotonic()
+        if cfg.log_with:
+            for tracker in accelerator.trackers:  # the stage before this one is a run of its own
+                tracker.finish()
+            accelerator.init_trackers(f"pebr_{cfg.stage}", asdict(cfg))
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`."""
+        self.seconds[name], self.clock = time.perf_counter() - self.clock, time.perf_counter()
+
+    def end_step(self, metrics: dict, records: list = ()) -> None:
+        """Write metrics.jsonl (the same in each run of a seed), timing.jsonl, samples.jsonl; checkpoint."""
+        metrics = {name: float(f"{v:.6g}") if math.isfinite(v) else str(v) for name, v in metrics.items()}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, on Linux
+        peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak
+        timing = {f"{name}_s": round(s, 3) for name, s in self.seconds.items()}
+        timing |= {"tokens_per_s": round(metrics["tokens"] / sum(self.seconds.values()), 1)}
+        timing["peak_gib"] = round(peak / 2**30, 2)
+        accelerator.log(metrics | timing, step=self.step)
+        for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
+            append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
+        self.bar.set_postfix({name: metrics[name] for name in SHOWN if name in metrics}, refresh=False)
+        self.bar.update()
+        due = time.monotonic() - self.saved >= 60 * self.cfg.checkpoint_minutes
+        if everywhere(due and accelerator.is_main_process) and self.step < self.total:
+            save_checkpoint(self.folder, self.step)
+            self.saved = time.monotonic()
+        self.step, self.clock = self.step + 1, time.perf_counter()
+
+
+SHOWN = ("reward", "clip", "keyword", "accuracy", "format", "length_tokens", "kl", "entropy", "loss")
+
+
+def save_checkpoint(folder: Path, step: int) -> None:
+    """Model, optimizer and random states after `step` steps; all else follows from the step. It gets its name
+    when it is whole: a run that is killed here still has the one before it."""
+    unfinished = folder / "unfinished"
     if accelerator.is_main_process:
-        shutil.rmtree(removed, ignore_errors=True)
-        with writing(folder):
-            if anew:  # renamed first: if this is killed, half of it must not pass for a stage
-                shutil.rmtree(folder.rename(removed))
-            folder.mkdir(parents=True, exist_ok=True)
-        if run:
-            write_json(folder / "stage.json", {"stage": cfg.stage, "finished": "", "settings": settings, "inputs": inputs,
-                                               "from": {"from_model": cfg.from_model, "from_data": cfg.from_data}})  # fmt: skip
-            write_json(folder / "run_config.json", asdict(cfg))  # the whole of it; config.json is the model's
-        else:
-            remove_leftovers(folder)  # of a run that was killed at the very end
+        shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    if run or asked:
-        accelerator.print(f"\n=== {folder}: {'running' if run else 'finished earlier, kept'}", flush=True)
-    return run
-
-
-def resumable(folder: Path) -> bool:
-    """Whether there is work in it that a stage would go on from."""
-    return any(itertools.chain(*map(folder.rglob, ("checkpoint-*", "rollouts.jsonl", "predictions_*.jsonl"))))
-
-
-def finish_stage(folder: Path, accelerator: Accelerator) -> None:
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in [*filter(Path.is_file, folder.iterdir()), folder]:
-            sync(path)
-        write_json(folder / "stage.json", {**read_record(folder), "finished": str(time.time_ns())})
-        remove_leftovers(folder)
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Of a finished stage: its checkpoints, and what a kill has left half written (.tmp*: safetensors)."""
-    for path in [*checkpoints(folder), folder / "writing"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".tmp*"):
-        path.unlink()
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a file that may end in a torn one."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def append_jsonl(path: Path, records: list[dict]) -> None:
-    with writing(path), open(path, "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def torn(checkpoint: Path) -> str:
-    """What a checkpoint lacks of what its complete.json lists; "" for a whole one."""
-    try:
-        files = json.loads((checkpoint / "complete.json").read_text())["files"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return "complete.json is missing or broken"
-    sizes = {name: (checkpoint / name).stat().st_size for name in files if (checkpoint / name).is_file()}
-    wrong = [name for name in files if sizes.get(name) != files[name]]
-    return f"{wrong[0]} has {sizes.get(wrong[0], 0)} bytes of {files[wrong[0]]}" if wrong else ""
-
-
-def save_checkpoint(folder: Path, step: int, cfg: Config, accelerator: Accelerator) -> None:
-    """Model, optimizer and the random states of every process after `step` steps. The learning rate, the position in the data
-    and the seeds of the rollouts follow from the step. Older ones go only when the new one is whole and on the disk."""
-    unfinished, target = folder / "writing", folder / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    accelerator.wait_for_everyone()
-    with writing(target):
-        accelerator.save_state(str(unfinished))
+    accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {str(path.relative_to(unfinished)): path.stat().st_size for path in unfinished.rglob("*") if path.is_file()}
-        with writing(target):
-            for path in [*unfinished.rglob("*"), *folder.glob("*.jsonl")]:
-                sync(path)
-            record = {"step": step, "processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2, "files": files}
-            write_json(unfinished / "complete.json", record)
-            sync(unfinished)
-            shutil.rmtree(target, ignore_errors=True)  # a torn one
-            unfinished.rename(target)
-            sync(folder)
-        whole = [checkpoint for checkpoint in checkpoints(folder) if not torn(checkpoint)]
-        for checkpoint in set(checkpoints(folder)) - set(whole[-cfg.keep_checkpoints :]):
-            shutil.rmtree(checkpoint)
-    accelerator.wait_for_everyone()
+        unfinished.rename(folder / f"checkpoint-{step}")
+        rotate_checkpoints(str(folder), save_total_limit=1)
 
 
-def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
-    """Steps already done (0 without a whole checkpoint). Log lines that are newer than the checkpoint are taken back."""
-    step, found = 0, checkpoints(folder)
-    while found and (problem := torn(found[-1])):
-        accelerator.print(f"{found[-1]} is torn ({problem}): going back to the one before it")
-        found.pop()
-    if found:
-        record = json.loads((found[-1] / "complete.json").read_text())
-        step, processes = record["step"], record["processes"]
-        if record["sharded"] != accelerator.is_fsdp2:
-            raise ConfigError(
-                f"{found[-1]} was made {'with' if record['sharded'] else 'without'} FSDP: start in the same way, or --overwrite"
-            )
-        accelerator.load_state(str(found[-1]))
+def load_checkpoint(folder: Path) -> int:
+    """Steps already done, 0 without a checkpoint. Log lines newer than the checkpoint are taken back."""
+    last = get_last_checkpoint(folder)
+    step = int(last.rsplit("-")[-1]) if last else 0
+    if last:
+        accelerator.load_state(last)
         accelerator.print(f"resuming after step {step}")
-        if processes != accelerator.num_processes:
-            accelerator.print(f"  made by {processes} processes, now {accelerator.num_processes}: the same data and counts, but not bit-identical, "
-                              "because sums are added up in another order")  # fmt: skip
-    if accelerator.is_main_process:
-        for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "timing.jsonl")):
-            if path.is_file():
-                write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
-    accelerator.wait_for_everyone()
+    for path in folder.glob("*.jsonl"):
+        rewrite_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
     return step
 
 
-def checkpoint_due(folder: Path, cfg: Config, accelerator: Accelerator) -> bool:
-    """Whether --checkpoint_minutes have passed since the start or the last checkpoint; the first process decides for all."""
-    last = max(path.stat().st_mtime for path in (folder / "stage.json", *checkpoints(folder)))
-    due = not cfg.checkpoint_minutes or time.time() - last >= 60 * cfg.checkpoint_minutes
-    return bool(broadcast(torch.tensor(int(due), device=accelerator.device)))
+def save_policy(policy: Policy, model, folder: Path) -> None:
+    """A complete Hugging Face folder, in float32, so that the next stage goes on from the exact weights."""
+    state = accelerator.get_state_dict(model)  # collective: on every process
+    state = {name.removeprefix("model."): value for name, value in state.items()}  # the policy's model
+    if accelerator.is_main_process:
+        ours, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
+        policy.model.save_pretrained(folder, state_dict=state)
+        policy.processor.save_pretrained(folder)
+        policy.model.generation_config = ours
 
 
-def end_step(folder: Path, cfg: Config, step: int, total: int, metrics: dict, samples, accelerator) -> None:
-    """After each step, on all processes: stop if too many updates were skipped without a step free of them in between; a
-    checkpoint if one is due, or if a signal has come, which then stops the run. samples(): what this process trained on."""
-    if metrics["skipped_updates"] and cfg.max_skipped_updates:
-        accelerator.wait_for_everyone()
-        last = itertools.takewhile(lambda record: record["skipped_updates"], reversed(read_jsonl(folder / "metrics.jsonl")))
-        skipped, samples = sum(record["skipped_updates"] for record in last), gather_object(samples())
-        if skipped >= cfg.max_skipped_updates:
-            if accelerator.is_main_process:
-                write_json(folder / "non_finite.json", samples)
-            raise RunError(f"step {step}: {skipped:.0f} updates in this and the steps just before had a non-finite loss or gradient and were skipped. The step's "
-                           f"samples are in {folder / 'non_finite.json'}; lower --learning_rate (and --overwrite the stage), or raise --max_skipped_updates.")  # fmt: skip
-    save = functools.partial(save_checkpoint, folder, step, cfg, accelerator)
-    stop_if_asked(accelerator, save)
-    if step < total and checkpoint_due(folder, cfg, accelerator):
-        save()
+def read_jsonl(path: Path) -> list[dict]:
+    """The whole lines of a file that may end in a torn one; like what follows, on the main process only."""
+    whole = accelerator.is_main_process and path.is_file()
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if whole else []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main: which stages have to run, and from what
+def append_jsonl(path: Path, records: list[dict]) -> None:
+    if accelerator.is_main_process and records:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def run_stage(stage: str, flags: dict, asked: bool, accelerator: Accelerator) -> str:
-    """Run one stage, after those it needs. Returns its folder.
-
-    A stage that is finished is not run again; if nobody asked for it, it keeps the start and the data it was made with.
-    """
-    cfg = resolve(stage, flags, asked)
-    folder = Path(cfg.run_dir, stage)
-    if not is_finished(folder):
-        check_config(cfg, accelerator.num_processes)
-    if stage == "dryrun":
-        return dryrun(cfg, accelerator)
-    if stage == "evaluate":
-        return run_evaluation(cfg, folder, accelerator)
-    if not asked and (record := read_record(folder)):
-        cfg = replace(cfg, **record["from"])
-    made = lambda needed: run_stage(needed, flags, False, accelerator)
-    if stage == "warmup":
-        model, data = cfg.from_model or cfg.model, cfg.from_data or cfg.sft_data
-        if cfg.warmup_cases == "hard":
-            data = hard_cases(resolve("sample", flags, False), model, data, asked, accelerator)
-    elif stage == "sample":
-        model, data = cfg.from_model or made("warmup"), cfg.from_data or cfg.train_data
-    elif stage == "perception":
-        model, data = cfg.from_model or made("warmup"), cfg.from_data or made("sample") + "/easy.json"
-    else:
-        model, data = cfg.from_model or made("perception"), cfg.from_data or made("sample") + "/medium.json"
-    work = {"warmup": warmup, "sample": sample, "perception": train_grpo, "reasoning": train_grpo}[stage]
-    if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
-        if cfg.log_with and stage != "sample":
-            accelerator.init_trackers(f"pebr_{stage}", config=asdict(cfg))
-        clock = time.perf_counter()
-        work(cfg, model, data, folder, accelerator)
-        finish_stage(folder, accelerator)
-        accelerator.print(f"{folder}: done in {time.perf_counter() - clock:.0f} s")
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.trackers = []  # else the next stage would log into this run
-    return str(folder)
+def rewrite_jsonl(path: Path, records: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def hard_cases(cfg: Config, model: str, data: str, asked: bool, accelerator: Accelerator) -> str:
-    """Warm-up rows that the base model gets wrong every time (the paper's overview figure), by sampling it on them first."""
-    folder = Path(cfg.run_dir, "sample_base")
-    if begin_stage(folder, cfg, {"model": model, "data": data}, asked, accelerator):
-        sample(cfg, model, data, folder, accelerator, need=("answer",))  # warm-up rows have no keywords
-        finish_stage(folder, accelerator)
-    return str(folder / "hard.json")
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(path.name + ".tmp").write_text(text)
+        path.with_name(path.name + ".tmp").replace(path)
 
 
-def run_evaluation(cfg: Config, folder: Path, accelerator: Accelerator) -> str:
-    """Score the base model and every model that the run folder has, or --from_model alone; each once on each file.
+# ------------------------------------------------------------------------------------------------------------
+# Dry run: what a run will cost
 
-    A model's folder holds its predictions and scores; with several files in --test_data, a folder for each.
-    """
-    stages = [stage for stage in ("warmup", "perception", "reasoning") if is_finished(Path(cfg.run_dir, stage))]
-    models = {"base": cfg.model, **{stage: str(Path(cfg.run_dir, stage)) for stage in stages}}
-    if cfg.from_model:
-        models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
-    files = test_files(cfg)
-    target = lambda name, title: folder / name / (title if len(files) > 1 else "")
-    if cfg.regrade:  # those that have been evaluated
-        models = {name: model for name, model in models.items() if any((folder / name).rglob("predictions_*.jsonl"))}
-        if not models:
-            raise ConfigError(f"--regrade: {folder} has no predictions; evaluate first")
-    for name, model in models.items():
-        policy = None
-        for title, data in files.items():
-            if cfg.regrade:
-                regrade(cfg, data, target(name, title), accelerator)
-            elif begin_stage(target(name, title), cfg, {"model": model, "data": data}, True, accelerator):
-                policy = policy or load_policy(model, cfg)
-                evaluate(cfg, policy, data, target(name, title), accelerator)
-                finish_stage(target(name, title), accelerator)
+
+def dryrun(cfg: Config, folder: Path) -> None:
+    """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
+    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
+    side, model_path, picture = math.isqrt(cfg.max_pixels), cfg.from_model or cfg.model, folder / "noise.png"
+    Image.effect_noise((side, side), 100).save(picture)
+    prompt = encode_prompt(load_policy(model_path, cfg), Row("dryrun", "0", "a", "a", [str(picture)]), cfg)
+    problem = "a" + " a" * (cfg.max_length - prompt.inputs["input_ids"].shape[1])
+    row = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
+    write_text(folder / "rows.json", json.dumps([row | {"qid": str(i)} for i in range(cfg.batch_size)]))
     accelerator.wait_for_everyone()
-    tables = [
-        evaluation_table(Path(data).name, {name: target(name, title) for name in models}) for title, data in files.items()
-    ]
-    if accelerator.is_main_process and not cfg.from_model:
-        replace_file(folder / "table.txt", "\n\n".join(tables) + "\n")
-    accelerator.print("\n" + "\n\n".join(tables))
+    train_grpo(replace(cfg, from_data="rows.json"), model_path, str(folder / "rows.json"), folder)
+    for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
+        seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
+        rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
+        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
+        print("DRYRUN " + json.dumps(timing))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Run folder and main: a stage is done or not; redoing it discards the stages after it
+
+
+def run_stage(stage: str, flags: dict, named: bool = True) -> str:
+    """Make a stage's folder, after the stages it needs, unless it is done. Returns the folder."""
+    cfg = resolve(stage, flags, named)
+    folder = Path(cfg.run_dir, stage)
+    if named and cfg.overwrite and stage in ORDER and accelerator.is_main_process:
+        for later in reversed(ORDER[ORDER.index(stage) :]):
+            shutil.rmtree(folder.with_name(later), ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if (folder / "done").is_file():
+        if named:
+            accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
+        return str(folder)
+    check_config(cfg)
+    data = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}.get(stage)
+    before = {"sample": "warmup", "perception": "warmup", "reasoning": "perception"}.get(stage)
+    part = {"perception": "easy.json", "reasoning": "medium.json"}.get(stage)
+    model = cfg.from_model or (run_stage(before, flags, named=False) if before else cfg.model)
+    data = cfg.from_data or (f"{run_stage('sample', flags, named=False)}/{part}" if part else data)
+    accelerator.print(f"\n=== {folder}", flush=True)
+    write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
+    accelerator.wait_for_everyone()
+    if stage == "dryrun":
+        dryrun(cfg, folder)
+    elif stage == "evaluate":  # never done: later stages bring more models
+        evaluate(cfg, data, folder)
+    else:
+        if trained := {"warmup": warmup, "sample": sample}.get(stage, train_grpo)(cfg, model, data, folder):
+            save_policy(*trained, folder)
+        accelerator.wait_for_everyone()
+        write_text(folder / "done", "")
+        if accelerator.is_main_process:
+            for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
+                shutil.rmtree(path, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
     return str(folder)
 
 
-def start_accelerator(cfg: Config, cpu: bool) -> Accelerator:
-    """What `accelerate launch` was told, with this file's precision. Raises ConfigError for what cannot work."""
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=cfg.mixed_precision, log_with=cfg.log_with or None, project_dir=cfg.run_dir,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else backward divides by what the launcher says
-    )  # fmt: skip
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Left alone, accelerate would train with DDP on a CPU, without a word.
+def check_config(cfg: Config) -> None:
+    """Raises ConfigError for settings that cannot work, before anything is loaded."""
+    batch, update, processes = cfg.batch_size, cfg.update_batch_size, accelerator.num_processes
+    need = {"warmup": "sft_data", "sample": "train_data", "evaluate": "test_data"}.get(cfg.stage, "model")
+    need = "clip_model" if cfg.stage == "perception" else need
+    if not getattr(cfg, need) and not (cfg.from_data and need != "clip_model"):
+        raise ConfigError(
+            f"--stage {cfg.stage} needs --{need} (no warm-up: --stage sample --from_model MODEL)"
+        )
+    if cfg.group_size < 2:
+        raise ConfigError(f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage")
+    if batch % update or update % processes:
+        rule = f"--batch_size {batch} must be a multiple of --update_batch_size {update}"
+        raise ConfigError(f"{rule}, and that one of the number of processes, {processes}: groups stay whole")
+
+
+def start_accelerator(cfg: Config) -> Accelerator:
+    """What `accelerate launch` was told, with this file's precision."""
+    cpu = not torch.accelerator.is_available()
+    # The others wait while the main process writes a checkpoint; NCCL would give up after ten minutes.
+    processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // local))
+    launch = {"cpu": cpu, "log_with": cfg.log_with or None, "project_dir": cfg.run_dir}
+    launch["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)  # else backward divides
+    started = Accelerator(mixed_precision=cfg.mixed_precision, **launch)
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if wants_fsdp and started.distributed_type == DistributedType.MULTI_CPU:  # else DDP, without a word
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("FSDP version 1 cannot gather the weights once a rollout: use configs/fsdp2.yaml")
-    if accelerator.distributed_type not in (*PLAIN_TYPES, DistributedType.FSDP):
-        raise ConfigError(f"accelerate was told {accelerator.distributed_type}: use configs/fsdp2.yaml, or --multi_gpu")
-    return accelerator
+        started.state.distributed_type = DistributedType.FSDP
+        started.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    plain = started.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
+    if not plain and not started.is_fsdp2:
+        raise ConfigError(f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
+    return started
 
 
-def run_stages(flags: dict) -> None:
+def run(flags: dict) -> None:
+    """The stage that --stage names, or all of them, in a run folder of which this is the only run."""
+    global accelerator
     stage = flags.get("stage", "all")
-    if stage not in STAGES and stage != "all":
-        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
+    if stage not in (*ORDER, "all", "dryrun"):
+        raise ConfigError(f"--stage {stage}: must be one of {', '.join(ORDER)}, all, dryrun")
     if stage == "all" and {"from_model", "from_data"} & flags.keys():
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
-    stages = [name for name in STAGES if name != "dryrun"] if stage == "all" else [stage]
-    configs = [resolve(name, flags) for name in stages]
-    cpu = not torch.accelerator.is_available()  # said aloud, or processes that torchrun starts on a CPU stay strangers
-    # The others wait while the main process writes a checkpoint; NCCL would give up after ten minutes.
-    num_processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
-    for cfg in configs:  # all of them before the first one starts
-        check_config(cfg, num_processes)
-    torch.set_num_threads(configs[0].threads or max(1, os.cpu_count() // local_processes()))
-    accelerator = start_accelerator(configs[0], cpu)
-    check_model_flag(flags, configs[0])
-    with run_lock(Path(configs[0].run_dir), accelerator):
-        used = ("test_data", "from_data") if configs[0].regrade else TOY_PATHS
-        toy, paths = str(Path(configs[0].run_dir, "toy")), [getattr(configs[0], name) for name in used]
-        if any(path.removeprefix("local-dir:").startswith(toy + os.sep) for path in paths) and accelerator.is_main_process:
-            with writing(toy):
-                build_toy_world(toy, configs[0].seed, ToyConfig())
-        accelerator.wait_for_everyone()
-        for cfg in configs:
-            check_files(cfg, accelerator)
-        for name in stages:
-            run_stage(name, flags, True, accelerator)
-        accelerator.end_training()
+    configs = [resolve(name, flags) for name in (ORDER if stage == "all" else [stage])]
+    accelerator = start_accelerator(configs[0])
+    folder = Path(configs[0].run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way
+    try:
+        if accelerator.is_main_process:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if flags.get("model", "toy") == "toy":
+                build_toy_world(str(folder / "toy"), configs[0].seed, ToyConfig())
+    except BlockingIOError:
+        raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
+    accelerator.wait_for_everyone()
+    for cfg in configs:  # a typo must not surface after hours
+        check_config(cfg)
+    for path in filter(None, (cfg.from_data, cfg.sft_data, cfg.train_data, cfg.test_data)):
+        checked_rows(path, cfg, None, ())
+    load_clip(cfg)
+    for cfg in configs:
+        run_stage(cfg.stage, flags)
+    accelerator.end_training()
+
+
+OUT_OF_MEMORY = """out of memory. Lower --micro_batch_size (update), --generate_batch_size (rollout),
+--max_new_tokens or --max_pixels; several GPUs shard the model with configs/fsdp2.yaml; --kl_coef 0 needs no
+reference model. The same command with the new flag goes on from the last checkpoint."""
+
+
+def parse_flags(argv: list[str]) -> dict:
+    """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.description = __doc__.split("\n\nWhere this departs")[0]
+    parser.epilog = (
+        "Defaults are the paper's; settings of the stage, of the toy and flags replace them in turn."
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for f in fields(Config):
+        kind = {"type": f.type, "metavar": f.type.__name__}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
+    return vars(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits with 0; 1 and a message for what can be put right; 2 for a flag that is none; 128 + its number after a signal."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # Else "Removed shared tensor" with each checkpoint of a model with tied embeddings, where nothing is wrong.
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it notes tied weights each time
     try:
-        with SIGNALS:
-            run_stages(flags)
-    except RewardError as error:
-        path = Path(flags.get("run_dir", Config.run_dir), f"reward_error_{PartialState().process_index}.json")
-        write_json(path, error.sample)
-        sys.exit(f"pebr.py: {error}\nIt is saved in {path}.")
-    except (ConfigError, DataError, RunError) as error:
+        run(flags)
+    except (ConfigError, DataError, ClipError) as error:
         sys.exit(f"pebr.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        if advice := out_of_memory(error):
-            sys.exit(f"pebr.py: {advice}")
-        raise
-    except Interrupted as error:
-        again = "the same command, without --overwrite," if flags.get("overwrite") else "the same command"
-        PartialState().print(f"pebr.py: stopped by {signal.Signals(error.args[0]).name}; {again} goes on from here")
-        sys.exit(128 + error.args[0])
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        sys.exit(f"pebr.py: {OUT_OF_MEMORY}\n{error}")
 
 
 if __name__ == "__main__":
