@@ -2468,14 +2468,18 @@ def test_a_tsv_goes_in_and_comes_out_for_the_kits_judge_and_nothing_is_asked_twi
 # Survival: kills, torn lines
 
 
-def test_interrupted_sampling_goes_on_with_the_lines_of_a_whole_run_and_exactly_n_scores(toy_run, toy, tmp_path):
+def test_interrupted_sampling_goes_on_with_the_lines_of_a_whole_run_and_exactly_n_scores(toy_run, toy, tmp_path, monkeypatch):
     run_dir, name = shutil.copytree(toy_run, tmp_path / "run", symlinks=True), "rollouts.jsonl"
+    sent, send = [], pebr.broadcast_object_list
+    monkeypatch.setattr(pebr, "broadcast_object_list", lambda objects: sent.append(list(objects)) or send(objects))
     whole = (run_dir / "sample" / name).read_bytes()
     (run_dir / "sample" / "done").unlink()
     (run_dir / "sample" / name).write_bytes(whole[: len(whole) // 2])  # with a torn last line
     run(run_dir, "--stage", "sample", *SMALL, "--generate_batch_size", "4")
     assert (run_dir / "sample" / name).read_bytes() == whole
     assert {len(record["scores"]) for record in read_lines(run_dir / "sample" / name)} == {2}
+    [[qids]] = sent  # other processes need to know which questions are done, and not the answers
+    assert 0 < len(qids) < TINY.rl_rows and all(qid.startswith("train") for qid in qids)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "perception"])
@@ -2688,6 +2692,13 @@ def test_fsdp2_trains_tied_embeddings_in_bf16_on_two_processes(tied, toy, tmp_pa
     [moved] = [w for n, w in first.items() if "embed_tokens" in n]
     assert (moved - start).abs().max() > 1e-5 and not any("lm_head" in n for n in first)
     assert metrics[0]["kl"] < 1e-4 and metrics[0]["sampler_gap"] < 0.05 and metrics[2]["skipped_updates"] == 0
+
+
+def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
+    seen, state = {}, pebr.PartialState
+    monkeypatch.setattr(pebr, "PartialState", lambda **settings: seen.update(settings) or state(cpu=True))
+    pebr.start_accelerator(Config(mixed_precision="no", threads=1))
+    assert seen["timeout"].total_seconds() == 2 * 3600  # NCCL's own ten minutes are too short for a checkpoint
 
 
 def test_accelerate_launch_runs_the_papers_bf16_path_from_the_command_line(toy, toy_run, tmp_path):
