@@ -913,6 +913,7 @@ def evaluate(cfg: Config, data_path: str, folder: Path) -> None:
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
     folder, rows, clip_scorer = folder / Path(data_path).stem, [], load_clip(cfg)
+    check_evaluation(folder, cfg, data_path)
     for name, model_path in models.items():
         if not (folder / name / "scores.json").is_file():
             policy = load_policy(model_path, cfg).to(accelerator.device)
@@ -959,9 +960,11 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
     """Rows of a data file that have the fields in `need`; with a policy, each is encoded as training will.
     Broken rows stop the run with the whole list; --skip_bad_rows drops and counts them [9]."""
     root = cfg.image_root
-    if not root and Path(path).parent == Path(cfg.run_dir, "sample"):  # its pictures are where they were
-        summary = json.loads(Path(path).with_name("summary.json").read_text())
-        root = str(Path(path).parent / summary["image_root"])
+    summary = Path(
+        cfg.run_dir, "sample", "summary.json"
+    ).resolve()  # of this run: pictures are where they were
+    if not root and Path(path).resolve().parent == summary.parent and summary.is_file():
+        root = str(summary.parent / json.loads(summary.read_text())["image_root"])
     rows, problems = load_rows(path, root, need)
 
     def problem(row: Row) -> str:
@@ -1246,24 +1249,41 @@ def dryrun(cfg: Config, folder: Path) -> None:
 # Run folder and main: a stage is done or not; redoing it discards the stages after it
 
 
-def run_stage(stage: str, flags: dict, named: bool = True) -> str:
-    """Make a stage's folder, after the stages it needs, unless it is done. Returns the folder."""
-    cfg = resolve(stage, flags, named)
-    folder = Path(cfg.run_dir, stage)
-    if named and cfg.overwrite and stage in ORDER and accelerator.is_main_process:
-        for later in reversed(ORDER[ORDER.index(stage) :]):
-            shutil.rmtree(folder.with_name(later), ignore_errors=True)
+EVALUATED = "seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature".split()
+
+
+def check_evaluation(folder: Path, cfg: Config, data_path: str) -> None:
+    """A table's models have answered the same file in the same way. Raises ConfigError."""
+    settings = {name: getattr(cfg, name) for name in EVALUATED} | {"data": os.path.realpath(data_path)}
+    made = folder / "settings.json"
+    if made.is_file() and json.loads(made.read_text()) != settings:
+        raise ConfigError(f"{folder} is of another file or other settings; --overwrite redoes it")
     accelerator.wait_for_everyone()
+    write_text(made, json.dumps(settings, indent=1))
+
+
+NEEDS = {"sample": ["warmup"], "perception": ["warmup", "sample"], "reasoning": ["perception", "sample"]}
+
+
+def stages_to_run(stage: str, flags: dict, named: bool = True) -> list[Config]:
+    """The stage, after those that its model and its data come from and that are not done."""
+    cfg, before = resolve(stage, flags, named), []
+    if not Path(cfg.run_dir, stage, "done").is_file() or named and cfg.overwrite:
+        for name, given in zip(NEEDS.get(stage, []), (cfg.from_model, cfg.from_data)):
+            before += [] if given else stages_to_run(name, flags, named=False)
+        return before + [cfg]
+    return [cfg] if named else []
+
+
+def run_stage(cfg: Config) -> None:
+    """Fill a stage's folder, unless it is done."""
+    stage, folder = cfg.stage, Path(cfg.run_dir, cfg.stage)
     if (folder / "done").is_file():
-        if named:
-            accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
-        return str(folder)
-    check_config(cfg)
-    data = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}.get(stage)
-    before = {"sample": "warmup", "perception": "warmup", "reasoning": "perception"}.get(stage)
-    part = {"perception": "easy.json", "reasoning": "medium.json"}.get(stage)
-    model = cfg.from_model or (run_stage(before, flags, named=False) if before else cfg.model)
-    data = cfg.from_data or (f"{run_stage('sample', flags, named=False)}/{part}" if part else data)
+        return accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
+    own = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}
+    own |= {"perception": f"{cfg.run_dir}/sample/easy.json", "reasoning": f"{cfg.run_dir}/sample/medium.json"}
+    data = cfg.from_data or own.get(stage, "")
+    model = cfg.from_model or (str(folder.with_name(NEEDS[stage][0])) if stage in NEEDS else cfg.model)
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
     accelerator.wait_for_everyone()
@@ -1281,7 +1301,6 @@ def run_stage(stage: str, flags: dict, named: bool = True) -> str:
                 shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    return str(folder)
 
 
 def check_config(cfg: Config) -> None:
@@ -1329,26 +1348,33 @@ def run(flags: dict) -> None:
         raise ConfigError(f"--stage {stage}: must be one of {', '.join(ORDER)}, all, dryrun")
     if stage == "all" and {"from_model", "from_data"} & flags.keys():
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
-    configs = [resolve(name, flags) for name in (ORDER if stage == "all" else [stage])]
-    accelerator = start_accelerator(configs[0])
-    folder = Path(configs[0].run_dir)
+    names = ORDER if stage == "all" else [stage]
+    cfg = resolve(names[0], flags)
+    accelerator, folder = start_accelerator(cfg), Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way
     try:
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if flags.get("model", "toy") == "toy":
-                build_toy_world(str(folder / "toy"), configs[0].seed, ToyConfig())
+                build_toy_world(str(folder / "toy"), cfg.seed, ToyConfig())
     except BlockingIOError:
         raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
     accelerator.wait_for_everyone()
-    for cfg in configs:  # a typo must not surface after hours
-        check_config(cfg)
+    todo = {}
+    for each in itertools.chain(*(stages_to_run(name, flags) for name in names)):
+        todo.setdefault(each.stage, each)
+    for each in todo.values():  # a typo must not surface after hours
+        check_config(each)
+        load_clip(each)
     for path in filter(None, (cfg.from_data, cfg.sft_data, cfg.train_data, cfg.test_data)):
         checked_rows(path, cfg, None, ())
-    load_clip(cfg)
-    for cfg in configs:
-        run_stage(cfg.stage, flags)
+    if cfg.overwrite and stage != "dryrun" and accelerator.is_main_process:
+        for later in reversed(ORDER[ORDER.index(names[0]) :]):
+            shutil.rmtree(folder / later, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    for each in todo.values():
+        run_stage(each)
     accelerator.end_training()
 
 
