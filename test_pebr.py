@@ -3214,8 +3214,8 @@ def time_rollout(policy: pebr.Policy, prompts: list, C: int, cfg):
     # Each step must read the weights, every prompt's keys and values once, and those of every response.
     must_read = sum(weights + kv * (len(prompts) * T + len(rollouts) * step) for step in range(1, C))
     with torch.no_grad(), pebr.accelerator.autocast():
-        forward = torch.cat([policy(rollouts[i : i + 8], cfg.temperature)[0] for i in (0, 8)]).cpu()
-    gap = (forward - torch.stack([r.old_logprobs for r in rollouts[:16]])).abs()
+        forward = [policy(batch, cfg.temperature)[0] for batch in pebr.in_batches(rollouts[:16], 8)]
+    gap = (torch.cat(forward).cpu() - torch.stack([r.old_logprobs for r in rollouts[:16]])).abs()
     return seconds, gib, must_read, {"sampler_gap": float(gap.mean()), "largest log ratio": float(gap.max())}
 
 
