@@ -1192,6 +1192,8 @@ def save_policy(policy: Policy, model, folder: Path) -> None:
     """A complete Hugging Face folder, in float32, so that the next stage goes on from the exact weights."""
     state = accelerator.get_state_dict(model)  # collective: on every process
     state = {name.removeprefix("model."): value for name, value in state.items()}  # the policy's model
+    for name in policy.model.all_tied_weights_keys:
+        state.pop(name, None)  # FSDP gathers tied weights twice
     if accelerator.is_main_process:
         ours, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
         policy.model.save_pretrained(folder, state_dict=state)

@@ -2927,6 +2927,7 @@ def test_fsdp2_trains_tied_embeddings_in_bf16_on_two_processes(tied, toy, tmp_pa
     [start] = [w for n, w in weights_of(tied).items() if "embed_tokens" in n]
     [moved] = [w for n, w in first.items() if "embed_tokens" in n]
     assert (moved - start).abs().max() > 1e-5 and not any("lm_head" in n for n in first)
+    assert weights_of(tmp_path / "two" / "reasoning").keys() == weights_of(tied).keys()  # once, not twice
     assert metrics[0]["kl"] < 1e-4 and metrics[0]["sampler_gap"] < 0.05 and metrics[2]["skipped_updates"] == 0
 
 
