@@ -1762,14 +1762,15 @@ def test_the_folders_generation_config_does_not_leak_into_rollouts_and_is_kept_o
 
     cfg = replace(cfg, fast=False, temperature=3.0)
     policy = pebr.load_policy(str(toy / "model"), cfg)
+    of = lambda one: [
+        r.text for r in pebr.generate_rollouts(one, prompts_of(one, cfg, tmp_path)[:1], 8, cfg, "")
+    ]
+    expected = of(policy)  # before the change, which the policy's own model may see, too
     policy.saved_generation_config.update(min_new_tokens=7, no_repeat_ngram_size=1, repetition_penalty=1.5)
     pebr.save_policy(policy, policy, tmp_path / "model")
     leaky = pebr.load_policy(str(tmp_path / "model"), cfg)
     assert leaky.end_ids == policy.end_ids and len(leaky.end_ids) == 2
-    of = lambda one: [
-        r.text for r in pebr.generate_rollouts(one, prompts_of(one, cfg, tmp_path)[:1], 8, cfg, "")
-    ]
-    assert of(policy) == of(leaky)
+    assert of(leaky) == expected
     assert GenerationConfig.from_pretrained(tmp_path / "model").no_repeat_ngram_size == 1
 
 
@@ -1786,7 +1787,7 @@ def test_special_tokens_are_not_doubled_and_a_picture_mark_in_a_text_is_refused(
     assert ids.count(begin) == 2  # user and assistant, as in the template
     [row, *_], _ = data.load_rows(str(toy / "sft.json"))
     assert begin not in pebr.encode_example(policy, row, cfg).tokens.tolist()
-    with pytest.raises(DataError, match="row 7: its text holds <|image_pad|>"):
+    with pytest.raises(DataError, match=re.escape("row 7: its text holds <|image_pad|>")):
         pebr.encode_prompt(policy, Row("row 7", "7", "red <|image_pad|>", "1"), cfg)
 
 
