@@ -2169,8 +2169,8 @@ def test_the_pretended_device_refuses_what_a_device_would_and_is_gone_afterwards
 # ------------------------------------------------------------------------------------------------------------
 # Config and stages
 
-SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max_new_tokens 16 --micro_batch_size 3"
-SMALL += " --eval_samples 2"
+SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max_new_tokens 16"
+SMALL += " --micro_batch_size 3 --eval_samples 2"
 
 
 def words(*argv):
@@ -2180,6 +2180,14 @@ def words(*argv):
 
 def run(run_dir, *argv):
     pebr.main(words("--run_dir", run_dir, "--threads 1", *argv))
+
+
+def run_script(command, *argv):
+    """The same from the command line. Returns what was printed."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, *words(command, *argv)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def weights_of(folder):
@@ -2193,6 +2201,10 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -2203,14 +2215,26 @@ def new_run(toy, folder):
     return folder
 
 
+def small(stage, toy_run):
+    """Flags of a stage of two steps. The untrained model gets nothing right: RL is given all questions."""
+    given = f"--from_model {toy_run}/warmup --from_data {toy_run}/toy/train.json"
+    return f"--stage {stage} {SMALL} " + given * (stage in ("perception", "reasoning"))
+
+
+@contextmanager
+def spread_rewards():
+    """Every second response earns 1. So small a model earns the same with all of them: nothing would move."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pebr, "total_reward", lambda *_, count=itertools.count(): float(next(count) % 2))
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy_run(toy, tmp_path_factory):
-    """Every stage on the small toy world, two steps each. The untrained model gets nothing right, so no question is
-    easy or medium: the RL stages are given all of them."""
     run_dir = new_run(toy, tmp_path_factory.mktemp("stages") / "run")
-    for stage in pebr.ORDER:
-        given = f"--from_data {toy}/train.json" if stage in ("perception", "reasoning") else ""
-        run(run_dir, "--stage", stage, SMALL, given)
+    with spread_rewards():
+        for stage in pebr.ORDER:
+            run(run_dir, small(stage, run_dir))
     return run_dir
 
 
@@ -2219,9 +2243,10 @@ def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
         "warmup": dict(learning_rate=1e-5, epochs=2, batch_size=128, freeze_vision=True, max_length=4096),
         "sample": dict(sample_max_pixels=4_194_304, temperature=1.2, top_p=0.99, group_size=8),
         "perception": dict(learning_rate=1e-6, epochs=1, batch_size=560, update_batch_size=112, kl_coef=0.01,
-                           ratio_clip_low=0.2, ratio_clip_high=0.3, dual_clip=3.0, grad_clip_norm=1.0, max_length=2048,
-                           max_new_tokens=2048, max_pixels=802_816, freeze_vision=False, cosine_hi=0.4),
-        "reasoning": dict(learning_rate=1e-6, epochs=2, batch_size=512, update_batch_size=128),
+                           ratio_clip_low=0.2, ratio_clip_high=0.3, dual_clip=3.0, grad_clip_norm=1.0,
+                           max_length=2048, max_new_tokens=2048, max_pixels=802_816, freeze_vision=False,
+                           cosine_lo=0.0, cosine_hi=0.4, temperature=1.2, top_p=0.99, group_size=8),
+        "reasoning": dict(learning_rate=1e-6, epochs=2, batch_size=512, update_batch_size=128, kl_coef=0.01),
         "evaluate": dict(eval_temperature=0.5, eval_samples=1),
     }  # fmt: skip
     for stage, settings in table.items():
@@ -2232,62 +2257,46 @@ def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
     flags = pebr.parse_flags(words(flags))
     named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags, named=False)
     assert (named.learning_rate, named.freeze_vision, named.gradient_checkpointing) == (0.5, False, True)
-    assert (
-        implied.learning_rate == pebr.TOY["warmup"]["learning_rate"]
-    )  # a training flag is for the named stage
+    assert implied.learning_rate == pebr.TOY["warmup"]["learning_rate"]  # training flags: the named stage's
     assert named.temperature == implied.temperature == 0.9
-    assert pebr.STAGE_REWARDS["perception"] == {"clip": 0.4, "keyword": 0.4, "format": 0.1, "length": 0.1}
-    assert pebr.STAGE_REWARDS["reasoning"] == {"accuracy": 0.9, "format": 0.1}
 
 
 def test_the_warmups_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_as_a_cosine():
     rates = [pebr.warmup_learning_rate(step, 100, Config(learning_rate=1.0)) for step in range(1, 101)]
-    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)]) and rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[:11] == pytest.approx([*(0.1 * i for i in range(1, 11)), 1.0])
+    assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3  # half-way between steps 11 and 101
 
 
-@pytest.mark.parametrize(
-    "argv, reason",
-    [
+def test_wrong_flags_stop_before_the_first_stage_with_a_message_that_names_them(tmp_path, toy):
+    table = [
         ("--test_data /no/such/file.json", "/no/such/file.json: no such file"),
-        ("--sft_data /no/such/sft.json", "/no/such/sft.json: no such file"),
         ("--from_model x", "--from_model and --from_data belong to one stage"),
         ("--stage percept", "--stage percept: must be one of"),
         ("--stage perception --group_size 1", "--group_size 1"),
         ("--stage perception --batch_size 10 --update_batch_size 4", "a multiple of --update_batch_size 4"),
         (
-            "--stage perception --model x --mixed_precision no --from_model x --from_data y",
+            "--stage perception --model x --from_model x --from_data y",
             "--stage perception needs --clip_model",
         ),
-        ("--stage warmup --model x --mixed_precision no", "--stage warmup needs --sft_data"),
-        ("--stage evaluate --clip_model local-dir:/no/such/folder", "--clip_model local-dir:/no/such/folder"),
+        (f"--stage perception --model x --sft_data {toy}/sft.json", "--stage sample needs --train_data"),
+        ("--stage warmup --model x", "--stage warmup needs --sft_data"),
+        ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
         ("--seed 5", "was made with --seed 0, not 5"),
-    ],
-)
-def test_wrong_flags_stop_before_the_first_stage_with_a_message_that_names_them(argv, reason, tmp_path, toy):
-    with pytest.raises(SystemExit) as stopped:
-        run(new_run(toy, tmp_path / "run"), argv)
-    assert reason in str(stopped.value) and not (tmp_path / "run" / "warmup").exists()
+    ]
+    run_dir = new_run(toy, tmp_path / "run")
+    for argv, reason in table:
+        with pytest.raises(SystemExit, match=reason):
+            run(run_dir, argv, "--mixed_precision no")
+    assert not any((run_dir / stage).exists() for stage in pebr.ORDER)
 
 
 def own_code(folder):
-    """A folder that names code of its own for everything."""
+    """The folder names code of its own for everything."""
     evil = dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"), "evil.Evil")
-    for name in ("config.json", "processor_config.json"):
-        config = json.loads((folder / name).read_text())
-        config |= {"auto_map": evil, "model_type": "new", "processor_class": "New"}
-        (folder / name).write_text(json.dumps(config))
+    for path in (folder / "config.json", folder / "processor_config.json"):
+        evil_config = {"auto_map": evil, "model_type": "new", "processor_class": "New"}
+        path.write_text(json.dumps(read_json(path) | evil_config))
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-
-
-def without_head(folder):
-    from safetensors.torch import save_file
-
-    weights = weights_of(folder)
-    save_file(
-        {name: w for name, w in weights.items() if name != "lm_head.weight"}, folder / "model.safetensors"
-    )
 
 
 def pickled_model(folder):
@@ -2295,201 +2304,148 @@ def pickled_model(folder):
     torch.save({"lm_head.weight": Payload(folder / "ran")}, folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (shutil.rmtree, "cannot load a vision-language model"),
+def change_bytes(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, cfg, tmp_path):
+    table = [
+        (shutil.rmtree, "Repo id must be"),
         (lambda f: (f / "config.json").write_text('{"a'), "Unterminated string"),
         (lambda f: (f / "processor_config.json").unlink(), "image processor"),
         (lambda f: (f / "chat_template.jinja").unlink(), "no processor with a chat template"),
         (lambda f: os.truncate(f / "model.safetensors", 10_000), "deserializing header"),
-        (without_head, "its weights lack lm_head.weight"),
+        (lambda f: change_bytes(f / "model.safetensors", b"lm_head", b"no_head"), "weights lack lm_head.w"),
         (pickled_model, "model.safetensors"),
         (own_code, "trust_remote_code"),
-    ],
-)
-def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(
-    change, reason, toy, cfg, tmp_path
-):
-    folder = shutil.copytree(toy / "model", tmp_path / "model")
-    change(folder)
-    with pytest.raises(ConfigError) as error:
-        pebr.load_policy(str(folder), cfg)
-    assert reason in str(error.value) and str(folder) in str(error.value) and not (folder / "ran").exists()
+    ]
+    for i, (change, reason) in enumerate(table):
+        folder = shutil.copytree(toy / "model", tmp_path / str(i))
+        change(folder)
+        with pytest.raises(ConfigError, match=f"(?s){folder}.*{reason}"):
+            pebr.load_policy(str(folder), cfg)
+        assert not (folder / "ran").exists()
 
 
-def test_two_steps_of_each_training_stage_move_parameters_and_the_folder_reloads(toy_run, toy):
+def test_two_steps_of_each_training_stage_move_parameters_and_the_folder_reloads(toy_run):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    before = weights_of(toy / "model")
-    for stage in ("warmup", "perception", "reasoning"):
-        after = weights_of(toy_run / stage)
-        assert set(after) == set(before) and all(torch.isfinite(value).all() for value in after.values())
-        moved = [name for name in after if not torch.equal(after[name], before[name])]
-        assert any("visual" in name for name in moved) and any("lm_head" in name for name in moved)
-        model = AutoModelForImageTextToText.from_pretrained(toy_run / stage)
-        assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
-        assert AutoProcessor.from_pretrained(toy_run / stage).chat_template
-        before = after
+    for stage, start in (("warmup", "toy/model"), ("perception", "warmup"), ("reasoning", "warmup")):
+        folder, records = toy_run / stage, read_lines(toy_run / stage / "metrics.jsonl")
+        assert [r["step"] for r in records] == [1, 2] and records[0].keys() == records[1].keys()
+        assert all(0 < r["grad_norm"] < 100 for r in records)
+        assert stage == "warmup" or {r["learning_rate"] for r in records} == {1e-4}  # constant
+        assert {"peak_gib", "update_s", "tokens_per_s"} <= read_lines(folder / "timing.jsonl")[0].keys()
+        assert read_json(folder / "settings.json")["max_steps"] == 2
+        assert (folder / "done").exists() and not list(folder.glob("checkpoint*"))
+        before, after = weights_of(toy_run / start), weights_of(folder)
+        moved = {n for n in after if (after[n] - before[n]).abs().max() > 5e-5}  # not by weight decay alone
+        assert any("visual" in name for name in moved) and "lm_head.weight" in moved
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert torch.equal(model.lm_head.weight, after["lm_head.weight"]) and after.keys() == before.keys()
+        assert AutoProcessor.from_pretrained(folder).chat_template
 
 
-def test_each_stage_leaves_what_the_readme_promises(toy_run):
-    for stage in ("warmup", "perception", "reasoning"):
-        records = read_lines(toy_run / stage / "metrics.jsonl")
-        assert [r["step"] for r in records] == [1, 2] and len(
-            {tuple(r) for r in records}
-        ) == 1  # the same keys
-        assert json.loads((toy_run / stage / "settings.json").read_text())["max_steps"] == 2
-        assert (toy_run / stage / "done").exists() and not list((toy_run / stage).glob("checkpoint*"))
-        assert {"peak_gib", "update_s", "tokens_per_s"} <= read_lines(toy_run / stage / "timing.jsonl")[
-            0
-        ].keys()
+def test_samples_split_and_table_are_what_the_readme_promises(toy_run):
     samples = read_lines(toy_run / "perception" / "samples.jsonl")
     assert len(samples) == 2 * 4 * 2  # steps x questions x G
     assert {"qid", "completion", "truncated", "reward", "parts", "advantage"} <= samples[0].keys()
     assert samples[0]["parts"].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
-    rows = json.loads((toy_run / "toy" / "train.json").read_text())
-    split = [
-        json.loads((toy_run / "sample" / f"{name}.json").read_text()) for name in ("easy", "medium", "hard")
-    ]
-    assert sorted(r["qid"] for r in sum(split, [])) == sorted(r["qid"] for r in rows)
-    assert all(r in rows for r in sum(split, []))  # unchanged
+    split = sum((read_json(toy_run / "sample" / f"{name}.json") for name in ("easy", "medium", "hard")), [])
+    assert sorted(split, key=str) == sorted(read_json(toy_run / "toy" / "train.json"), key=str)  # unchanged
     table = (toy_run / "evaluate" / "test" / "table.txt").read_text()
-    for word in ("base", "warmup", "perception", "reasoning", "greedy", "sampled", "95 %", "pass@2"):
-        assert word in table
-    scores = json.loads((toy_run / "evaluate" / "test" / "base" / "scores.json").read_text())
+    named = ("base", "warmup", "perception", "reasoning", "greedy", "sampled", "95 %", "pass@2")
+    assert all(word in table for word in named)
+    scores = read_json(toy_run / "evaluate" / "test" / "base" / "scores.json")
     assert scores["greedy"]["n"] == TINY.test_rows and len(scores["sampled"]["interval_95"]) == 2
     assert set(scores["greedy"]["categories"]) <= {"count", "subtract", "price"}
 
 
-def test_a_done_stage_is_kept_and_a_redone_one_discards_those_after_it(toy_run, tmp_path, capsys):
+def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(toy_run, tmp_path, capsys):
     run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
-    run(run_dir, "--stage", "sample", SMALL, "--temperature 0.3")
-    assert "sample is done; --overwrite makes it again" in capsys.readouterr().out
-    assert (run_dir / "evaluate").exists()
-    run(run_dir, "--stage", "sample", SMALL, "--overwrite")
-    assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == ["sample", "toy", "warmup"]
-    for name in ("rollouts.jsonl", "hard.json"):
-        assert (run_dir / "sample" / name).read_bytes() == (toy_run / "sample" / name).read_bytes()
+    flags, names = small("perception", toy_run), ("metrics.jsonl", "samples.jsonl", "model.safetensors")
+    contents = lambda folder: [(folder / "perception" / name).read_bytes() for name in names]
+    with spread_rewards():
+        run(run_dir, flags, "--temperature 1.0")
+        assert "perception is done; --overwrite makes it again" in capsys.readouterr().out
+        assert contents(run_dir) == contents(toy_run) and (run_dir / "evaluate").exists()
+        run(run_dir, flags, "--temperature 1.0 --overwrite")
+        assert contents(run_dir)[0] != contents(toy_run)[0]
+        assert not (run_dir / "reasoning").exists() and (run_dir / "sample" / "done").exists()
+        run(run_dir, flags, "--overwrite")
+        assert contents(run_dir) == contents(toy_run)  # line by line
 
 
-def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, tmp_path):
-    flags = "--group_size 2 --max_new_tokens 16 --max_steps 1"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pebr.TOY["warmup"], "max_steps", 2)  # a flag would not be for it
-        with pytest.raises(SystemExit, match="easy.json: no rows"):  # the untrained model gets nothing right
-            run(new_run(toy, tmp_path / "run"), "--stage perception", flags)
-    assert len(read_lines(tmp_path / "run" / "warmup" / "metrics.jsonl")) == 2
-    assert (tmp_path / "run" / "sample" / "done").exists() and not (
-        tmp_path / "run" / "perception" / "done"
-    ).exists()
-
-
-def test_flags_of_stages_that_are_made_on_the_way_are_checked_before_the_first_one_trains(
-    night_sky, toy, tmp_path
-):
-    flags = sky_flags(night_sky, toy).replace(f"--train_data {night_sky}/rl.json", "")
-    with pytest.raises(SystemExit, match="--stage sample needs --train_data"):
-        run(tmp_path, "--stage perception", flags)
-    assert not (tmp_path / "warmup").exists()
-
-
-def test_a_runs_own_split_finds_its_pictures_however_its_path_is_spelled(toy_run, monkeypatch):
-    policy, cfg = None, pebr.resolve("reasoning", {"run_dir": str(toy_run)})
-    monkeypatch.chdir(toy_run.parent)
-    for path in (
-        toy_run / "sample" / "hard.json",
-        Path("run/sample/hard.json"),
-        Path("run/sample/../sample/hard.json"),
-    ):
-        rows = pebr.checked_rows(str(path), cfg, policy, ("answer",))
-        assert len(rows) == TINY.rl_rows and Path(rows[0].images[0]).is_file()
-
-
-def test_two_runs_with_one_seed_give_the_same_metrics_line_by_line(toy_run, toy, tmp_path):
+def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(pebr.TOY["warmup"], "max_steps", 2)  # a flag would not be for it
     run_dir = new_run(toy, tmp_path / "run")
-    flags = f"--stage perception {SMALL} --from_model {toy_run}/warmup --from_data {toy}/train.json"
-    bytes_of = lambda folder, name: (folder / "perception" / name).read_bytes()
-    run(run_dir, flags)
-    for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors"):
-        assert bytes_of(run_dir, name) == bytes_of(toy_run, name)
-    run(run_dir, flags, "--overwrite --temperature 1.0")
-    assert bytes_of(run_dir, "metrics.jsonl") != bytes_of(toy_run, "metrics.jsonl")
+    with pytest.raises(SystemExit, match="easy.json: no rows"):  # the untrained model gets nothing right
+        run(run_dir, "--stage perception --group_size 2 --max_new_tokens 16 --max_steps 1")
+    assert len(read_lines(run_dir / "warmup" / "metrics.jsonl")) == 2
+    assert [stage for stage in pebr.ORDER if (run_dir / stage / "done").exists()] == ["warmup", "sample"]
 
 
-BROKEN = {  # what is wrong with a row, and the message
-    "missing picture": (lambda row, folder: row.update(images=["none.png"]), "picture none.png is not in"),
-    "broken picture": (lambda row, folder: os.truncate(folder / "0.png", 60), "0.png is not readable"),
-    "prompt too long": (
-        lambda row, folder: row.update(problem="red " * 70),
-        r"\d+ tokens, over --max_length",
-    ),
-    "no answer": (lambda row, folder: row.pop("answer"), '"answer" is missing'),
-}
+STOPPING_ROWS = [
+    (lambda row, folder: row.update(images=["none.png"]), "picture none.png is not in"),
+    (lambda row, folder: os.truncate(folder / "0.png", 60), "0.png is not readable"),
+    (lambda row, folder: row.update(problem="red " * 70), r"\d+ tokens, over --max_length"),
+    (lambda row, folder: row.pop("answer"), '"answer" is missing'),
+]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_row_stops_the_run_before_training_and_can_be_dropped(name, toy, toy_run, tmp_path, capsys):
-    change, reason = BROKEN[name]
-    rows = json.loads((toy / "train.json").read_text())[:4]
+@pytest.mark.parametrize("change, reason", STOPPING_ROWS)
+def test_a_broken_row_stops_the_run_or_is_dropped(change, reason, toy, toy_run, tmp_path, capsys):
+    rows = read_json(toy / "train.json")[:4]
     for i, row in enumerate(rows):
         row["images"] = [Path(picture(tmp_path / f"{i}.png")).name]
     change(rows[0], tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    flags = f"--stage reasoning {SMALL} --from_model {toy_run}/warmup --from_data {tmp_path}/rows.json"
-    with pytest.raises(
-        SystemExit, match=f"(?s)rows.json: 1 broken rows.*rows.json row 0: .*{reason}.*--skip_bad_rows"
-    ):
+    flags = f"{small('reasoning', toy_run)} --from_data {tmp_path}/rows.json"
+    with pytest.raises(SystemExit, match=f"(?s)1 broken rows.*rows.json row 0: .*{reason}.*--skip_bad_rows"):
         run(new_run(toy, tmp_path / "run"), flags)
     assert not (tmp_path / "run" / "reasoning" / "metrics.jsonl").exists()
     run(tmp_path / "run", flags, "--skip_bad_rows")
     assert re.search(f"(?s)dropped: .*rows.json row 0: .*{reason}", capsys.readouterr().out)
-    assert len(read_lines(tmp_path / "run" / "reasoning" / "metrics.jsonl")) == 2
+    samples = read_lines(tmp_path / "run" / "reasoning" / "samples.jsonl")
+    assert {s["qid"] for s in samples} == {row["qid"] for row in rows[1:]}
 
 
 def test_a_run_folder_that_is_in_use_is_refused(toy, tmp_path):
-    import fcntl
-
-    run_dir = new_run(toy, tmp_path / "run")
-    with open(run_dir / "run.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(new_run(toy, tmp_path / "run") / "run.lock", "w") as lock:
+        pebr.fcntl.flock(lock, pebr.fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="another run is using"):
-            run(run_dir, "--stage warmup", SMALL)
+            run(tmp_path / "run", "--stage warmup")
 
 
 def test_out_of_memory_names_the_flags_and_other_errors_are_not_hidden(toy, tmp_path, monkeypatch):
-    def fail(error):
-        monkeypatch.setattr(pebr, "warmup", lambda *_: (_ for _ in ()).throw(error))
-        run(new_run(toy, tmp_path / type(error).__name__), "--stage", "warmup", SMALL)
+    def fails(*_):
+        raise RuntimeError(reason)
 
+    monkeypatch.setattr(pebr, "warmup", fails)
+    run_dir, reason = new_run(toy, tmp_path / "run"), "CUDA out of memory."
     with pytest.raises(SystemExit, match="out of memory. Lower --micro_batch_size"):
-        fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"))
-    with pytest.raises(RuntimeError, match="something else"):
-        fail(RuntimeError("something else"))
+        run(run_dir, "--stage warmup")
+    reason = "something else"
+    with pytest.raises(RuntimeError, match=reason):
+        run(run_dir, "--stage warmup")
 
 
-@pytest.mark.parametrize("parts", [{"format": 1.0}, {"accuracy": math.nan, "format": 1.0}])
-def test_a_reward_that_is_missing_or_not_finite_stops_the_run_with_its_row(
-    parts, toy, toy_run, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(pebr, "score_parts", lambda rows, *_: [dict(parts) for _ in rows])
-    flags = f"--stage reasoning {SMALL} --from_model {toy_run}/warmup --from_data {toy}/train.json"
-    with pytest.raises(ValueError, match=r"train.json row \d+.*accuracy"):
-        run(new_run(toy, tmp_path / "run"), flags)
+def test_a_reward_that_is_missing_or_not_finite_stops_with_its_row(toy, toy_run, tmp_path, monkeypatch):
+    run_dir = new_run(toy, tmp_path / "run")
+    for parts in ({"format": 1.0}, {"accuracy": math.nan, "format": 1.0}):
+        monkeypatch.setattr(pebr, "score_parts", lambda rows, *_: [dict(parts) for _ in rows])
+        with pytest.raises(ValueError, match=r"train.json row \d+.*accuracy"):
+            run(run_dir, small("reasoning", toy_run))
 
 
 def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
-    flags = "--stage dryrun --batch_size 2 --update_batch_size 2 --group_size 2 --max_new_tokens 9"
-    run(new_run(toy, tmp_path / "run"), flags)
+    run_dir, sizes = new_run(toy, tmp_path / "run"), "--batch_size 2 --update_batch_size 2 --group_size 2"
+    run(run_dir, f"--stage dryrun {sizes} --max_new_tokens 9")
     measured = json.loads(capsys.readouterr().out.split("DRYRUN ")[1])
     assert min(measured[name] for name in ("rollout_s", "update_s", "tokens_per_s", "peak_gib")) > 0
-    samples = read_lines(tmp_path / "run" / "dryrun" / "samples.jsonl")
+    samples = read_lines(run_dir / "dryrun" / "samples.jsonl")
     assert {s["tokens"] for s in samples} == {9} and all(s["truncated"] for s in samples)
-    assert measured["rl_hours"] >= 0 and not (tmp_path / "run" / "dryrun" / "model.safetensors").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rows, prompts and pictures on their way
+    assert measured["rl_hours"] >= 0 and not (run_dir / "dryrun" / "model.safetensors").exists()
 
 
 def test_difficulty_is_all_some_or_none_right_of_exactly_n():
@@ -2516,233 +2472,190 @@ def test_steps_cover_each_epoch_once_and_do_not_depend_on_the_number_of_processe
         assert [a + b for a, b in zip(*parts)] == pebr.in_batches(alone[step], 4)
 
 
-def test_for_a_gpu_prompts_are_made_by_threads_while_the_batch_before_is_used(policy, cfg, toy, monkeypatch):
+def calls_of(name, monkeypatch):
+    """The arguments of each call of a function of pebr.py, from now on."""
+    calls, real = [], getattr(pebr, name)
+    monkeypatch.setattr(pebr, name, lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
+def test_for_a_gpu_threads_make_the_prompts_while_the_batch_before_is_used(policy, cfg, toy, monkeypatch):
     rows, _ = data.load_rows(str(toy / "train.json"))
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
-    opened, load = [], pebr.load_image
-    monkeypatch.setattr(pebr, "load_image", lambda *args: opened.append(args) or load(*args))
-    batches = [list(enumerate(rows * 10)), [(7, rows[0])], []]  # enough for threads to meet in the tokenizer
+    opened = calls_of("load_image", monkeypatch)
+    broken = replace(rows[0], where="train.json row 9", images=["/none.png"])
+    batches = [list(enumerate(rows * 10)), [(7, rows[0])], [], [(8, broken)]]  # enough for threads to meet
     ahead = pebr.encoded_ahead(iter(batches), lambda item: pebr.encode_prompt(policy, item[1], cfg, item[0]))
     prompts, end = next(ahead), time.monotonic() + 20
     while len(opened) < len(batches[0]) + 1 and time.monotonic() < end:
         time.sleep(0.01)
-    assert (
-        len(opened) == len(batches[0]) + 1
-    )  # the second batch's picture, too, though nobody has asked for it
+    assert len(opened) == len(batches[0]) + 1  # the second batch's, too, though nobody has asked for it
     for prompt, (position, row) in zip(prompts, batches[0], strict=True):
-        alone = pebr.encode_prompt(policy, row, cfg)
-        assert (
-            prompt.position == position and prompt.row is row and prompt.inputs.keys() == alone.inputs.keys()
-        )
-        assert all(torch.equal(prompt.inputs[name], alone.inputs[name]) for name in alone.inputs)
-    assert [[prompt.position for prompt in batch] for batch in ahead] == [[7], []]
+        alone = pebr.encode_prompt(policy, row, cfg).inputs
+        assert prompt.position == position and prompt.row is row and prompt.inputs.keys() == alone.keys()
+        assert all(torch.equal(prompt.inputs[name], alone[name]) for name in alone)
+    assert [prompt.position for prompt in next(ahead)] == [7] and next(ahead) == []
+    with pytest.raises(DataError, match="train.json row 9: "):
+        next(ahead)
 
 
 def test_a_picture_is_opened_for_checking_once_in_a_run_folder(toy, toy_run, tmp_path, monkeypatch):
-    """Sampling checks and asks; RL stages only ask; evaluation checks once for all of its models, then asks each twice."""
-    opened, load, checks = Counter(), pebr.load_image, []
-    monkeypatch.setattr(
-        pebr, "load_image", lambda path, *rest: opened.update([Path(path).name]) or load(path, *rest)
-    )
-    check = pebr.checked_rows
-    monkeypatch.setattr(
-        pebr, "checked_rows", lambda *args: checks.append((args[0], bool(args[2]))) or check(*args)
-    )
-    run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
-    for stage in ("perception", "reasoning", "evaluate"):
-        shutil.rmtree(run_dir / stage)
-    easy = [r for r in json.loads((toy / "train.json").read_text())]
-    for name in ("easy", "medium"):  # as a model that gets some right would leave them
-        (run_dir / "sample" / f"{name}.json").write_text(json.dumps(easy))
-    run(run_dir, "--stage", "perception", SMALL)
-    run(run_dir, "--stage", "reasoning", SMALL)
-    assert all(not encoded for path, encoded in checks if "sample/" in path)
-    assert (
-        sum(opened.values()) == 2 * 2 * 4
-    )  # two stages, two steps of four questions: no picture besides those
-    opened.clear()
-    run(run_dir, "--stage", "evaluate", SMALL)
-    assert set(opened.values()) == {1 + 4 * 2}  # four models, greedy and sampled
+    """Sampling checks and asks; RL only asks; evaluation checks once for all models, then asks each twice."""
+    run_dir, opened, counts = new_run(toy, tmp_path / "run"), calls_of("load_image", monkeypatch), {}
+    shutil.copytree(toy_run / "warmup", run_dir / "warmup")
+    for stage in pebr.ORDER[1:]:
+        opened.clear()
+        run(run_dir, "--stage", stage, SMALL)
+        counts[stage] = len(opened)
+        for name in ("easy", "medium"):  # as a better model would leave them; the pictures stay in the toy
+            shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
+    assert set(Counter(opened).values()) == {1 + 4 * 2}  # four models, greedy and sampled
+    assert counts["sample"] == 2 * TINY.rl_rows
+    assert counts["perception"] == counts["reasoning"] == 2 * 4  # steps x questions
 
 
-@pytest.fixture(scope="session")
-def night_sky(tmp_path_factory):
-    """Not the toy: other pictures and questions, several pictures in a row, none in another, JSON and JSONL. Clear
-    questions have one answer in the warm-up, the others two that contradict each other."""
-    folder = tmp_path_factory.mktemp("sky")
+def test_only_this_runs_own_sampling_says_where_the_pictures_are(tmp_path, monkeypatch):
+    row = {"qid": "0", "problem": "q", "answer": "a", "images": [Path(picture(tmp_path / "secret.png")).name]}
+    for folder in (tmp_path / "run" / "sample", tmp_path / "other"):
+        folder.mkdir(parents=True)
+        (folder / "hard.json").write_text(json.dumps([row]))
+        (folder / "summary.json").write_text(json.dumps({"image_root": os.path.relpath(tmp_path, folder)}))
+    cfg = Config(run_dir=str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    for path in (
+        f"{tmp_path}/run/sample/hard.json",
+        "run/sample/hard.json",
+        "run/sample/../sample/hard.json",
+    ):
+        [found] = pebr.checked_rows(path, cfg, None, ())
+        assert found.images == [str(tmp_path / "secret.png")]
+    with pytest.raises(DataError, match="picture secret.png is not in"):
+        pebr.checked_rows(str(tmp_path / "other/hard.json"), cfg, None, ())
+
+
+def night_sky(folder):
+    """Not the toy: other pictures and questions, several pictures in a row, none in another, JSON and JSONL.
+    Clear questions have one answer in the warm-up, the others two that contradict each other."""
     picture(folder / "moon.png", (60, 90), (240, 240, 200))
     picture(folder / "stars.jpg", (112, 56), (20, 20, 80))
     questions = [
-        ("What shines here ?", ["moon.png"], ["moon"]),
+        ("<image>What shines here ?", ["moon.png"], ["moon"]),
         ("<image> or <image> : which has stars ?", ["moon.png", "stars.jpg"], ["second"]),
         ("What is the night like ?", [], ["dark"]),
-        ("How bright ?", ["stars.jpg"], ["very", "hardly"]),
-        ("Which color ?", ["moon.png"], ["pale", "blue"]),
+        ("<image>How bright ?", ["stars.jpg"], ["very", "hardly"]),
+        ("<image>Which color ?", ["moon.png"], ["pale", "blue"]),
         ("Is it late ?", [], ["yes", "no"]),
     ]
-    rl, sft, words = [], [], "user assistant look think say".split()
+    rl, sft, vocabulary = [], [], "user assistant".split()
     for i, (question, images, answers) in enumerate(questions):
-        row = {"qid": f"q{i}", "problem": question, "answer": answers[0], "images": images, "source": "sky"}
-        rl.append(row | {"key_words": ["night sky"]})
+        problem = question.removeprefix("<image>" * (len(images) == 1))
+        row = {"qid": f"q{i}", "problem": problem, "images": images, "source": "sky"}
+        rl.append(row | {"answer": answers[0], "key_words": ["night sky"]})
         for answer in answers:
-            text = "### Image Description: a night sky .\n### Rationales: look .\n### Let's think step by step.\n"
-            text += f"### Step 1: think .\n### Step 2: say {answer} .\n### The final answer is: {answer}"
-            asked = question if "<image>" in question or not images else "<image>" + question
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+            text = "### Image Description: a night sky .\n### Rationales: look ."
+            text += f"\n### Let's think step by step.\n### Step 1: think .\n### The final answer is: {answer}"
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
             sft.append({"messages": messages, "images": images})
-            words += (question.replace("<image>", " ") + " " + text).split()
+            vocabulary += f"{question.replace('<image>', ' ')} {text}".split()
     (folder / "rl.json").write_text(json.dumps(rl))
-    (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rl))
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rl)))
     (folder / "sft.json").write_text(json.dumps(sft * 2))
-    data.build_toy_model(folder / "model", 0, TINY, words)
-    return folder
+    data.build_toy_model(folder / "model", 0, TINY, vocabulary)
 
 
-def sky_flags(night_sky, toy):
-    files = f"--model {night_sky}/model --train_data {night_sky}/rl.json --sft_data {night_sky}/sft.json"
-    files += f" --test_data {night_sky}/test.jsonl --clip_model local-dir:{toy}/clip"
-    sizes = "--max_new_tokens 32 --max_pixels 10000 --sample_max_pixels 10000 --micro_batch_size 9"
-    how = "--mixed_precision no --no-gradient_checkpointing --learning_rate 1e-3 --no-freeze_vision --temperature 0.7"
-    return f"{files} {sizes} {how}"
-
-
-def test_a_second_data_set_goes_through_all_stages_from_files_in_one_form_of_a_prompt(
-    night_sky, toy, tmp_path, capsys
-):
-    flags = sky_flags(night_sky, toy)
-    run(
-        tmp_path,
-        "--stage warmup",
-        flags,
-        "--max_steps 60 --learning_rate 3e-3 --batch_size 9 --update_batch_size 9",
-    )
-    assert "18 warm-up rows, 0 with an instruction of their own" in capsys.readouterr().out
-    run(tmp_path, "--stage sample", flags)
-    read = lambda name: json.loads((tmp_path / "sample" / f"{name}.json").read_text())
-    split = {name: read(name) for name in ("easy", "medium")}
-    assert {"q0", "q1"} <= {row["qid"] for row in split["easy"]} and len(
-        split["medium"]
-    ) >= 2  # it finds answers
-    assert split["easy"][0]["source"] == "sky"  # rows as they came in, other fields included
-    steps = "--max_steps 2 --batch_size 4 --update_batch_size 2"
-    run(tmp_path, "--stage perception", flags, steps)
-    blind = sum(not row["images"] for row in split["easy"])
-    assert f"{blind} without a picture are left out" in capsys.readouterr().out and blind >= 1
-    run(tmp_path, "--stage reasoning", flags, steps)
-    run(tmp_path, "--stage evaluate", flags)
-    scores = json.loads((tmp_path / "evaluate" / "test" / "reasoning" / "scores.json").read_text())
+def test_a_second_data_set_goes_through_all_stages_in_one_form_of_a_prompt(toy, tmp_path, capsys):
+    night_sky(tmp_path)
+    files = f"--model {tmp_path}/model --train_data {tmp_path}/rl.json --sft_data {tmp_path}/sft.json"
+    files += f" --test_data {tmp_path}/test.jsonl --clip_model local-dir:{toy}/clip"
+    how = "--mixed_precision no --no-gradient_checkpointing --no-freeze_vision --temperature 0.7"
+    how += " --max_new_tokens 32 --max_pixels 9000 --sample_max_pixels 9000 --learning_rate 3e-3"
+    flags = f"{files} {how}"
+    steps = "--max_steps 2 --batch_size 4 --update_batch_size 2 --learning_rate 1e-3"
+    steps = dict.fromkeys(("perception", "reasoning"), steps)
+    steps["warmup"], run_dir = "--max_steps 60 --batch_size 9 --update_batch_size 9", tmp_path / "run"
+    for stage in pebr.ORDER:
+        run(run_dir, "--stage", stage, flags, steps.get(stage, ""))
+    easy, medium = (read_json(run_dir / "sample" / f"{name}.json") for name in ("easy", "medium"))
+    assert {"q0", "q1"} <= {row["qid"] for row in easy} and len(medium) >= 2  # it finds answers
+    assert easy[0]["source"] == "sky"  # rows as they came in, other fields included
+    blind, printed = sum(not row["images"] for row in easy), capsys.readouterr().out
+    assert blind and f"{blind} without a picture are left out" in printed
+    assert "18 warm-up rows, 0 with an instruction of their own" in printed
+    scores = read_json(run_dir / "evaluate" / "test" / "reasoning" / "scores.json")
     assert scores["greedy"]["n"] == 6 and scores["greedy"]["keyword"] > 0.5
     cfg = pebr.resolve("sample", pebr.parse_flags(words(flags)))
-    policy = pebr.load_policy(str(night_sky / "model"), cfg)
+    policy = pebr.load_policy(cfg.model, cfg)
     ids = lambda row: tuple(pebr.encode_prompt(policy, row, cfg).inputs["input_ids"][0].tolist())
-    sft, rl = (
-        {ids(row) for row in data.load_rows(str(night_sky / name))[0]} for name in ("sft.json", "rl.json")
-    )
-    assert sft == rl  # token by token
+    sft, rl = ({ids(row) for row in data.load_rows(path)[0]} for path in (cfg.sft_data, cfg.train_data))
+    assert sft == rl and len(rl) == 6  # token by token
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation files
-
-
-def test_a_tsv_goes_in_and_comes_out_for_the_kits_judge_and_nothing_is_asked_twice(
-    toy, toy_run, tmp_path, monkeypatch
-):
-    buffer = io.BytesIO()
-    Image.new("RGB", (56, 28), "red").save(buffer, "PNG")
-    cell = base64.b64encode(buffer.getvalue()).decode()
-    with open(tmp_path / "Kit_MINI.tsv", "w", newline="") as file:
-        writer = csv.DictWriter(
-            file, ["index", "question", "A", "B", "answer", "category", "image"], delimiter="\t"
-        )
-        writer.writeheader()
-        for i, category in enumerate(("shape", "shape", "color")):
-            options = {"A": "red", "B": "blue", "answer": "A", "category": category, "image": cell}
-            writer.writerow({"index": i, "question": "Which color ?", **options})
+def test_a_tsv_comes_out_for_the_kits_judge_and_nothing_is_asked_twice(toy, toy_run, tmp_path, monkeypatch):
+    kinds, cell = ("shape", "shape", "color"), base64_picture()
+    lines = [f"{i}\tWhich color ?\tred\tblue\tA\t{kind}\t{cell}" for i, kind in enumerate(kinds)]
+    header = "index question A B answer category image".replace(" ", "\t")
+    (tmp_path / "Kit_MINI.tsv").write_text("\n".join([header, *lines]))
     flags = f"--stage evaluate {SMALL} --from_model {toy_run}/warmup --test_data {tmp_path}/Kit_MINI.tsv"
-    flags += " --max_length 128"
-    run(new_run(toy, tmp_path / "run"), flags)
-    [folder] = [path for path in (tmp_path / "run" / "evaluate" / "Kit_MINI").iterdir() if path.is_dir()]
-    with open(folder / "predictions_greedy.tsv", newline="") as file:
+    run(new_run(toy, tmp_path / "run"), flags, "--max_length 128")
+    [path] = (tmp_path / "run" / "evaluate" / "Kit_MINI").glob("*/scores.json")
+    with open(path.with_name("predictions_greedy.tsv"), newline="") as file:
         kit = list(csv.DictReader(file, delimiter="\t"))
-    records = read_lines(folder / "predictions_greedy.jsonl")
+    records = read_lines(path.with_name("predictions_greedy.jsonl"))
     assert [row["index"] for row in kit] == ["0", "1", "2"] and "image" not in kit[0] and kit[0]["A"] == "red"
     assert [row["prediction"] for row in kit] == [r["extracted"][0] or r["responses"][0] for r in records]
-    scores = json.loads((folder / "scores.json").read_text())
-    counts = {name: group["n"] for name, group in scores["greedy"]["categories"].items()}
-    assert counts == {"color": 1, "shape": 2}
+    scores = read_json(path)
+    kinds = scores["greedy"]["categories"]
+    assert kinds["color"]["n"] == 1 and kinds["shape"]["n"] == 2
     monkeypatch.setattr(pebr, "generate_rollouts", None)
-    (folder / "scores.json").unlink()  # what is saved is scored again, and not asked again
-    run(tmp_path / "run", flags)
-    assert json.loads((folder / "scores.json").read_text()) == scores
+    path.unlink()  # what is saved is scored again, and not asked again
+    run(tmp_path / "run", flags, "--max_length 128")
+    assert read_json(path) == scores
     with pytest.raises(SystemExit, match="is of another file or other settings"):
-        run(tmp_path / "run", flags, "--eval_temperature 0.1")
+        run(tmp_path / "run", flags, "--max_length 128 --eval_temperature 0.1")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Survival: kills, torn lines
-
-
-def test_interrupted_sampling_goes_on_with_the_lines_of_a_whole_run_and_exactly_n_scores(
-    toy_run, toy, tmp_path, monkeypatch
-):
-    run_dir, name = shutil.copytree(toy_run, tmp_path / "run", symlinks=True), "rollouts.jsonl"
-    sent, send = [], pebr.broadcast_object_list
-    monkeypatch.setattr(
-        pebr, "broadcast_object_list", lambda objects: sent.append(list(objects)) or send(objects)
-    )
-    whole = (run_dir / "sample" / name).read_bytes()
-    (run_dir / "sample" / "done").unlink()
-    (run_dir / "sample" / name).write_bytes(whole[: len(whole) // 2])  # with a torn last line
-    run(run_dir, "--stage sample --generate_batch_size 4", SMALL)
-    assert (run_dir / "sample" / name).read_bytes() == whole
-    assert {len(record["scores"]) for record in read_lines(run_dir / "sample" / name)} == {2}
-    [[qids]] = sent  # other processes need to know which questions are done, and not the answers
+def test_interrupted_sampling_goes_on_to_the_lines_of_a_whole_run(toy_run, tmp_path, monkeypatch):
+    path = shutil.copytree(toy_run, tmp_path / "run", symlinks=True) / "sample" / "rollouts.jsonl"
+    sent, whole = calls_of("broadcast_object_list", monkeypatch), path.read_bytes()
+    path.with_name("done").unlink()
+    path.write_bytes(whole[: len(whole) // 2])  # with a torn last line
+    run(tmp_path / "run", "--stage sample --generate_batch_size 4", SMALL)
+    assert path.read_bytes() == whole and {len(record["scores"]) for record in read_lines(path)} == {2}
+    [[[qids]]] = sent  # other processes need to know which questions are done, and not the answers
     assert 0 < len(qids) < TINY.rl_rows and all(qid.startswith("train") for qid in qids)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "perception"])
-def test_an_interrupted_stage_resumes_to_the_same_weights_and_log(stage, toy, toy_run, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
+INTERRUPTED = [("warmup", 1, 0, "checkpoint-1"), ("perception", 2, 0, "checkpoint-1"), ("warmup", 1, 15, "")]
 
-    run_dir, real = new_run(toy, tmp_path / "run"), pebr.optimizer_step
-    given = "" if stage == "warmup" else f"--from_model {toy_run}/warmup --from_data {toy}/train.json"
-    flags, calls = f"--stage {stage} {SMALL} {given} --max_steps 4 --checkpoint_minutes 0", []
 
-    def dies_in_step_three(*args):
-        calls.append(1)
-        if len(calls) > (2 if stage == "warmup" else 4):
-            raise Killed
+@pytest.mark.parametrize("stage, updates, minutes, left", INTERRUPTED)
+def test_a_stage_resumes_to_the_same_files(stage, updates, minutes, left, toy_run, tmp_path, monkeypatch):
+    """From the first step's checkpoint or, when fifteen minutes have not passed, from the start."""
+    folder = new_run(toy_run / "toy", tmp_path / "run") / stage
+    made, real = itertools.count(), pebr.optimizer_step
+    flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
+
+    def dies_in_step_two(*args):
+        if next(made) == updates:
+            raise KeyboardInterrupt
         return real(*args)
 
-    whole = new_run(toy, tmp_path / "whole")
-    run(whole, flags)
-    monkeypatch.setattr(pebr, "optimizer_step", dies_in_step_three)
-    with pytest.raises(Killed):
-        run(run_dir, flags)
-    monkeypatch.undo()
-    assert [path.name for path in (run_dir / stage).glob("checkpoint-*")] == ["checkpoint-2"]
-    with open(run_dir / stage / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # newer than the checkpoint, and torn
-    run(run_dir, flags)
-    assert same_weights(run_dir / stage, whole / stage)
-    assert (run_dir / stage / "metrics.jsonl").read_bytes() == (whole / stage / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch, spread_rewards(), pytest.raises(KeyboardInterrupt):
+        patch.setattr(pebr, "optimizer_step", dies_in_step_two)
+        run(folder.parent, flags)
+    assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 1}\n{"step": 3, "lo')  # newer than the checkpoint, and torn
+    with spread_rewards():
+        run(folder.parent, flags)
+    assert same_weights(folder, toy_run / stage)
+    assert (folder / "metrics.jsonl").read_bytes() == (toy_run / stage / "metrics.jsonl").read_bytes()
 
 
-def test_checkpoints_are_due_by_the_clock_and_tied_weights_are_not_noted_on_the_screen(
-    tied, toy, tmp_path, monkeypatch, caplog
-):
-    saved, save = [], pebr.save_checkpoint
-    monkeypatch.setattr(
-        pebr, "save_checkpoint", lambda folder, step: saved.append(step) or save(folder, step)
-    )
-    flags = f"--stage reasoning {SMALL} --from_model {tied} --from_data {toy}/train.json --max_steps 3"
+def test_a_checkpoint_of_tied_weights_says_nothing(tied, toy, toy_run, tmp_path, caplog):
+    flags = f"{small('reasoning', toy_run)} --from_model {tied} --checkpoint_minutes 0"
     run(new_run(toy, tmp_path / "run"), flags)
-    assert saved == []  # fifteen minutes have not passed
-    run(tmp_path / "run", flags, "--overwrite --checkpoint_minutes 0")
-    assert saved == [1, 2]  # not after the last step
-    assert "Removed shared tensor" not in caplog.text
+    assert "Removed shared tensor" not in caplog.text  # accelerate's line
 
 
 def in_child(commands, log):
@@ -2750,13 +2663,15 @@ def in_child(commands, log):
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
-    for argv in commands:
-        pebr.main([str(word) for word in argv])
+    with spread_rewards():
+        for argv in commands:
+            pebr.main(argv)
 
 
-def start(log, *commands):
-    """A process that runs them: a fork of one that has imported everything, so that a kill costs no start."""
-    log.touch()
+def start(log, run_dir, seed, steps):
+    """A process that makes all stages: a fork of one that has imported everything, so kills cost no start."""
+    flags = f"--run_dir {run_dir} --seed {seed} --max_steps {steps} --checkpoint_minutes 0 --threads 1"
+    commands = [words(small(stage, run_dir), flags, "--generate_batch_size 2") for stage in pebr.ORDER]
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["test_pebr"])
     process = server.Process(target=in_child, args=(commands, str(log)))
@@ -2765,78 +2680,58 @@ def start(log, *commands):
 
 
 def contents(run_dir):
-    """{name: bytes} of what a run leaves, without clocks, paths and the toy: the same for two runs with one seed."""
-    skipped = ("timing.jsonl", "settings.json", "run.lock", "log.txt")
-    files = [path for path in run_dir.rglob("*") if path.is_file() and path.name not in skipped]
-    found = {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
-    return {name: content for name, content in found.items() if not name.startswith("toy/")}
-
-
-def stage_by_stage(run_dir, seed, steps):
-    """Command lines of all stages. The untrained model gets nothing right, hence --from_data."""
-    base = f"--run_dir {run_dir} --seed {seed} {SMALL} --max_steps {steps} --checkpoint_minutes 0 --threads 1"
-    questions = f"--from_data {run_dir}/toy/train.json"
-    given = {"perception": questions, "reasoning": questions}
-    return [
-        words(base, "--generate_batch_size 2 --stage", stage, given.get(stage, "")) for stage in pebr.ORDER
-    ]
+    """{name: bytes} of what a run leaves, without clocks, paths and the toy: the same for all of a seed."""
+    skipped = ("timing.jsonl", "settings.json", "run.lock")
+    files = [p for p in run_dir.rglob("*") if p.is_file() and p.name not in skipped]
+    names = {str(p.relative_to(run_dir)): p for p in files}
+    return {name: p.read_bytes() for name, p in names.items() if not name.startswith("toy/")}
 
 
 def kill_and_compare(folder, seed, runs, steps, rng):
-    """All stages without a break; then `runs`, lists of stages to be killed (SIGKILL) in at a random moment, each time
-    started again. Returns (where the kills fell, number of files compared, names of those that differ)."""
-    whole, log, where, compared, differ = folder / "whole", folder / "log.txt", Counter(), 0, []
-    start(log).join()  # the imports, once
-    data.build_toy_world(str(whole / "toy"), seed, TINY)
-    clock, process = time.monotonic(), start(log, *stage_by_stage(whole, seed, steps))
-    process.join()
-    assert process.exitcode == 0, log.read_text()[-3000:]
-    span, expected = time.monotonic() - clock, contents(whole)
-    for i, targets in enumerate(runs):
-        run_dir = folder / f"killed{i}"
+    """All stages without a break; then `runs`, lists of stages to be killed (SIGKILL) in at a random moment,
+    each time started again. Returns (what the kills hit, number of files compared, names that differ)."""
+    log, hit, compared, differ, span = folder / "log.txt", Counter(), 0, [], 0.0
+    for i, targets in enumerate([(), *runs]):
+        run_dir, clock = folder / f"run{i}", time.monotonic()
         data.build_toy_world(str(run_dir / "toy"), seed, TINY)
-        for target in (*targets, "end"):
-            process = start(log, *stage_by_stage(run_dir, seed, steps))
-            begun = rng.choice([f"{target}/settings.json", f"{target}/*.jsonl", f"{target}/**/*.jsonl"])
+        for stage in targets:
+            process = start(log, run_dir, seed, steps)
+            begun = rng.choice([f"{stage}/settings.json", f"{stage}/**/*.jsonl"])
             while process.is_alive() and not any(run_dir.glob(begun)):
                 time.sleep(0.01)
-            process.join(rng.uniform(0, span / 8) if target != "end" else None)
+            process.join(rng.uniform(0, span / 8))
             if process.is_alive():
                 process.kill()
                 process.join()
-                at = next(
-                    (stage for stage in pebr.ORDER[:4] if not (run_dir / stage / "done").exists()), "evaluate"
-                )
-                where[at + " while a checkpoint was written" * (run_dir / at / "unfinished").exists()] += 1
-            else:
-                assert process.exitcode == 0, log.read_text()[-3000:]
+                at = next((s for s in pebr.ORDER[:4] if not (run_dir / s / "done").exists()), "evaluate")
+                hit[at + " while a checkpoint was written" * (run_dir / at / "unfinished").exists()] += 1
+        process = start(log, run_dir, seed, steps)
+        process.join()
+        assert process.exitcode == 0, log.read_text()[-3000:]
         found = contents(run_dir)
-        compared += len(expected.keys() | found.keys())
-        names = expected.keys() | found.keys()
-        differ += [f"{run_dir}/{name}" for name in names if found.get(name) != expected.get(name)]
-    return where, compared, differ
+        if not targets:
+            span, expected = time.monotonic() - clock, found
+        compared += len(found) if targets else 0
+        differ += [f"{i}/{name}" for name in expected | found if found.get(name) != expected.get(name)]
+    return hit, compared, differ
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_files_of_one_that_is_not(tmp_path):
-    targets = ("warmup", "sample", "perception", "evaluate")
-    where, compared, differ = kill_and_compare(tmp_path, 0, [targets], 3, random.Random(5))
-    assert where.total() >= 2 and compared > 40 and differ == []  # the last kill may come too late
+    targets = ("warmup", "perception", "evaluate")
+    hit, compared, differ = kill_and_compare(tmp_path, 0, [targets], 3, random.Random(5))
+    assert hit.total() >= 2 and compared > 40 and differ == []  # the last kill may come too late
 
 
 def kills(runs="4", steps="10"):
-    """The long form of the kill test: every stage of so many runs is killed once, for two seeds. Prints a summary."""
+    """The long form: every stage of so many runs is killed once, for two seeds. Prints a summary."""
     total = Counter()
     for seed in (0, 1):
         with tempfile.TemporaryDirectory() as folder:
-            all_stages, clock = [pebr.ORDER] * int(runs), time.monotonic()
-            where, compared, differ = kill_and_compare(
-                Path(folder), seed, all_stages, int(steps), random.Random(seed)
-            )
-        total += where
-        seconds = time.monotonic() - clock
-        print(
-            f"\nseed {seed}: {where.total()} kills, {seconds:.0f} s; {compared} files compared, {len(differ)} differ {differ}"
-        )
+            stages, rng, clock = [pebr.ORDER] * int(runs), random.Random(seed), time.monotonic()
+            hit, compared, differ = kill_and_compare(Path(folder), seed, stages, int(steps), rng)
+        print(f"\nseed {seed}: {hit.total()} kills, {time.monotonic() - clock:.0f} s;", end=" ")
+        print(f"{compared} files compared, {len(differ)} differ {differ}")
+        total += hit
     print(f"{total.total()} kills:", ", ".join(f"{count} in {name}" for name, count in total.most_common()))
 
 
@@ -2845,109 +2740,74 @@ def kills(runs="4", steps="10"):
 
 DRIVER = """
 import sys
-import torch
-from torch.distributed.tensor import DTensor
 sys.path.insert(0, {folder!r})
-import pebr, rewards
-rewards.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}  # accuracy is 0 in so small a model
-score = pebr.score_rollouts
+import pebr
+pebr.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}  # accuracy is 0 in so small a model
+score, save = pebr.score_rollouts, pebr.save_policy
 pebr.score_rollouts = lambda rollouts, clip: [part | {{"length": float(len(r.tokens) % 5 > 2)}}
                                               for r, part in zip(rollouts, score(rollouts, clip))]
-save = pebr.save_policy
-def save_on_every_process(policy, model, folder):
-    whole = {{n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in policy.named_parameters()}}
-    torch.save((type(model).__name__, whole), f"{{folder}}/process{{pebr.accelerator.process_index}}.pt")
-    save(policy, model, folder)
-pebr.save_policy = save_on_every_process
+pebr.save_policy = lambda policy, model, folder: print("saves", type(model)) or save(policy, model, folder)
 pebr.main(sys.argv[1:])
 """
-FSDP2 = str(Path(pebr.__file__).parent / "configs/fsdp2.yaml")
+FSDP2 = f"{Path(pebr.__file__).parent}/configs/fsdp2.yaml --num_processes 2 --main_process_port 29612"
 LAUNCHERS = {
-    "one": "",
-    "DDP": "-m torch.distributed.run --nproc_per_node 2 --master_port 29611",
-    "FSDP2": f"-m accelerate.commands.launch --config_file {FSDP2} --num_processes 2 --main_process_port 29612",
+    "Policy": "",
+    "DistributedDataParallel": "-m torch.distributed.run --nproc_per_node 2 --master_port 29611",
+    "FSDPPolicy": f"-m accelerate.commands.launch --config_file {FSDP2}",
 }
 
 
-def three_updates(launcher, model, toy, folder, *argv):
-    """(class of the wrapped model, parameters) of every process after three GRPO updates, the metrics, the samples,
-    what was printed. Of each update's four questions the second process has the last two, which have no picture."""
+def three_updates(wrapper, model, toy, folder, *argv):
+    """Weights, metrics, samples of three updates; of each one's four questions two have no picture."""
     new_run(toy, folder)
-    rows = json.loads((toy / "train.json").read_text())[:8]
+    rows = read_json(toy / "train.json")[:8]
     for row in rows[2:4] + rows[6:8]:
         row.update(images=[], problem=row["problem"].replace("<image>", ""))
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "driver.py").write_text(DRIVER.format(folder=str(Path(pebr.__file__).parent)))
-    run_it = (
-        f"{LAUNCHERS[launcher]} {folder}/driver.py --stage reasoning --run_dir {folder} --threads 1 {SMALL}"
-    )
-    files = f"--from_model {model} --from_data {folder}/rows.json --image_root {toy} --update_batch_size 4 --group_size 3"
-    sizes = "--max_steps 3 --learning_rate 1e-4 --max_new_tokens 40 --temperature 2.0"
-    command = [sys.executable, *words(run_it, files, sizes, *argv)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    saved = [torch.load(path) for path in sorted((folder / "reasoning").glob("process*.pt"))]
-    logs = [pebr.read_jsonl(folder / "reasoning" / f"{name}.jsonl") for name in ("metrics", "samples")]
-    return saved, *logs, done.stdout + done.stderr
+    files = f"--from_model {model} --from_data {folder}/rows.json --image_root {toy} --run_dir {folder}"
+    sizes = "--update_batch_size 4 --group_size 3 --max_steps 3 --max_new_tokens 40 --threads 1"
+    how = f"--stage reasoning {SMALL} --learning_rate 1e-4 --temperature 2.0"
+    printed = run_script(LAUNCHERS[wrapper], f"{folder}/driver.py", how, files, sizes, *argv)
+    assert f".{wrapper}'>" in printed and "Removed shared tensor" not in printed
+    folder = folder / "reasoning"
+    return weights_of(folder), read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
 
 
-@pytest.fixture(scope="session")
-def three_updates_of_one_process(toy, toy_run, tmp_path_factory):
-    return three_updates("one", toy_run / "warmup", toy, tmp_path_factory.mktemp("one") / "run")
-
-
-@pytest.mark.parametrize("launcher, wrapper", [("DDP", "DistributedDataParallel"), ("FSDP2", "FSDPPolicy")])
-def test_two_processes_make_the_updates_of_one(
-    launcher, wrapper, toy, toy_run, tmp_path, three_updates_of_one_process
-):
+def test_two_processes_make_the_updates_of_one_by_ddp_and_by_fsdp2(toy, toy_run, tmp_path):
     """Ragged responses, tied groups, micro-batches without pictures on the second process only."""
-    [(_, expected)], metrics, samples, _ = three_updates_of_one_process
-    saved, *logs, _ = three_updates(launcher, toy_run / "warmup", toy, tmp_path / "run")
-    assert [name for name, _ in saved] == [wrapper] * 2
-    start = weights_of(toy_run / "warmup")
-    moved = [expected[f"model.{n}"] - w for n, w in start.items() if f"model.{n}" in expected]
-    assert max(difference.abs().max() for difference in moved) > 1e-4
-    for _, got in saved:
-        assert got.keys() == expected.keys()
-        assert max((got[name] - expected[name]).abs().max() for name in expected) < 1e-5
-    assert [s["completion"] for s in logs[1]] == [s["completion"] for s in samples]
+    model, start = toy_run / "warmup", weights_of(toy_run / "warmup")
+    (expected, metrics, samples), *others = (three_updates(w, model, toy, tmp_path / w) for w in LAUNCHERS)
+    assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-4
     assert len({s["tokens"] for s in samples}) > 3 and 0 < metrics[0]["tied_groups"] < 1
-    for a, b in zip(logs[0], metrics, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for weights, *logs in others:
+        assert max((weights[name] - expected[name]).abs().max() for name in expected) < 1e-5
+        assert [s["completion"] for s in logs[1]] == [s["completion"] for s in samples]
+        for a, b in zip(logs[0], metrics, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def test_fsdp2_trains_tied_embeddings_in_bf16_on_two_processes(tied, toy, tmp_path):
-    """Both keep the same float32 weights; the reference starts equal; the checkpoint does not warn of shared tensors."""
+def test_fsdp2_trains_tied_embeddings_in_bf16_from_an_equal_reference(tied, toy, tmp_path):
     bf16 = "--mixed_precision bf16 --gradient_checkpointing --max_new_tokens 12 --checkpoint_minutes 0"
-    [(name, first), (_, second)], metrics, _, printed = three_updates(
-        "FSDP2", tied, toy, tmp_path / "two", bf16
-    )
-    assert name == "FSDPPolicy" and "Removed shared tensor" not in printed
-    assert all(torch.equal(first[n], second[n]) and first[n].dtype == torch.float32 for n in first)
-    [start] = [w for n, w in weights_of(tied).items() if "embed_tokens" in n]
-    [moved] = [w for n, w in first.items() if "embed_tokens" in n]
-    assert (moved - start).abs().max() > 1e-5 and not any("lm_head" in n for n in first)
-    assert weights_of(tmp_path / "two" / "reasoning").keys() == weights_of(tied).keys()  # once, not twice
-    assert metrics[0]["kl"] < 1e-4 and metrics[0]["sampler_gap"] < 0.05 and metrics[2]["skipped_updates"] == 0
+    weights, metrics, _ = three_updates("FSDPPolicy", tied, toy, tmp_path / "run", bf16)
+    assert all(w.dtype == torch.float32 for w in weights.values()) and "lm_head.weight" not in weights
+    embedding = lambda weights: next(w for name, w in weights.items() if "embed_tokens" in name)
+    before, after = embedding(weights_of(tied)), embedding(weights)
+    assert (after - before).abs().max() > 1e-5 and metrics[2]["skipped_updates"] == 0
+    assert metrics[0]["kl"] < 1e-4 and metrics[0]["sampler_gap"] < 0.05
 
 
 def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
     seen, state = {}, pebr.PartialState
     monkeypatch.setattr(pebr, "PartialState", lambda **settings: seen.update(settings) or state(cpu=True))
     pebr.start_accelerator(Config(mixed_precision="no", threads=1))
-    assert (
-        seen["timeout"].total_seconds() == 2 * 3600
-    )  # NCCL's own ten minutes are too short for a checkpoint
+    assert seen["timeout"].total_seconds() == 2 * 3600  # NCCL's ten minutes are too short for a checkpoint
 
 
 def test_accelerate_launch_runs_the_papers_bf16_path_from_the_command_line(toy, toy_run, tmp_path):
     run_dir = new_run(toy, tmp_path / "run")
-    flags = f"--stage perception {SMALL} --max_steps 1 --mixed_precision bf16 --gradient_checkpointing --threads 1"
-    files = f"--from_model {toy_run}/warmup --from_data {toy}/train.json --run_dir {run_dir}"
-    command = [sys.executable, *words("-m accelerate.commands.launch", pebr.__file__, flags, files)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=env, check=True, capture_output=True, timeout=150)
+    bf16 = f"--run_dir {run_dir} --threads 1 --max_steps 1 --mixed_precision bf16 --gradient_checkpointing"
+    run_script("-m accelerate.commands.launch", pebr.__file__, small("perception", toy_run), bf16)
     [metrics] = read_lines(run_dir / "perception" / "metrics.jsonl")
     assert 1e-6 < metrics["sampler_gap"] < 0.05 and metrics["kl"] < 0.05  # rounding, and not more
 
@@ -2956,24 +2816,24 @@ def test_accelerate_launch_runs_the_papers_bf16_path_from_the_command_line(toy, 
 # Measurements for the README, by hand: python test_pebr.py NAME
 
 
-def peer_world(folder, image_side, rows=8):
-    """A 4 M parameter Qwen2.5-VL, questions of 70 tokens around a picture, in files for both sides."""
+def peer_world(folder, image_side):
+    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
     from transformers import AutoProcessor, GenerationConfig
 
-    words, model = [f"w{i}" for i in range(2000)], Path(folder, "model")
-    data.build_toy_model(model, 0, data.ToyConfig(hidden=256, vision_layers=4), ["user", "assistant", *words])
+    vocabulary, model, rl, rng = [f"w{i}" for i in range(2000)], folder / "model", [], random.Random(0)
+    sizes = data.ToyConfig(hidden=256, vision_layers=4)
+    data.build_toy_model(model, 0, sizes, ["user", "assistant", *vocabulary])
     processor = AutoProcessor.from_pretrained(model)
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
     processor.save_pretrained(model)
-    end = processor.tokenizer.eos_token_id  # a single one, because TRL knows no more
-    GenerationConfig(eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id).save_pretrained(model)
-    rng, rl = random.Random(0), []
-    for i in range(rows):
-        picture(Path(folder, f"{i}.png"), (image_side, image_side), tuple(rng.choices(range(256), k=3)))
-        problem = " ".join(rng.choices(words, k=59))
+    ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
+    for i in range(8):
+        picture(folder / f"{i}.png", (image_side, image_side), tuple(rng.choices(range(256), k=3)))
+        problem = " ".join(rng.choices(vocabulary, k=59))
         rl.append({"qid": str(i), "problem": problem, "answer": "7", "images": [f"{i}.png"]})
-    Path(folder, "rl.json").write_text(json.dumps(rl))
-    Path(folder, "prompt.txt").write_text("{question}")
+    (folder / "rl.json").write_text(json.dumps(rl))
+    (folder / "prompt.txt").write_text("{question}")
 
 
 def train_with_trl(folder, steps, max_new_tokens):
@@ -2982,13 +2842,15 @@ def train_with_trl(folder, steps, max_new_tokens):
     from transformers import AutoProcessor
     from trl import GRPOConfig, GRPOTrainer
 
-    rows = [{"prompt": [{"role": "user", "content": row["problem"]}], "image": Image.open(Path(folder, row["images"][0]))}
-            for row in json.loads(Path(folder, "rl.json").read_text())]  # fmt: skip
+    rows = read_json(Path(folder, "rl.json"))
+    ask = lambda row: [{"role": "user", "content": row["problem"]}]
+    rows = [{"prompt": ask(row), "image": Image.open(f"{folder}/{row['images'][0]}")} for row in rows]
     settings = GRPOConfig(
-        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=int(steps), save_strategy="no", report_to=[],
-        disable_tqdm=True, logging_steps=1000, learning_rate=1e-6, per_device_train_batch_size=8, num_generations=8,
-        gradient_accumulation_steps=4, temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
-        max_completion_length=int(max_new_tokens), model_init_kwargs={"dtype": "float32"})  # fmt: skip
+        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=int(steps), save_strategy="no",
+        report_to=[], disable_tqdm=True, logging_steps=1000, learning_rate=1e-6, num_generations=8,
+        per_device_train_batch_size=8, gradient_accumulation_steps=4, temperature=1.2, top_p=0.99, top_k=0,
+        beta=0.01, gradient_checkpointing=False, max_completion_length=int(max_new_tokens),
+        model_init_kwargs={"dtype": "float32"})  # fmt: skip
     clocks = []  # at each call of the reward, which is one a step
 
     def reward(completion_ids, **_):
@@ -3005,54 +2867,45 @@ def train_with_pebr(folder, steps, max_new_tokens):
     """Ours, the reasoning stage from the command line."""
     score, clocks = pebr.score_rollouts, []
     pebr.score_rollouts = lambda *args: clocks.append(time.process_time()) or score(*args)
-    model = f"--model {folder}/model --from_model {folder}/model --from_data {folder}/rl.json"
+    files = f"--model {folder}/model --from_model {folder}/model --from_data {folder}/rl.json"
     sizes = f"--batch_size 4 --update_batch_size 4 --max_new_tokens {max_new_tokens} --max_pixels 2000000"
-    how = f"--max_steps {steps} --prompt_file {folder}/prompt.txt --mixed_precision no --no-gradient_checkpointing"
-    run(f"{folder}/run", "--stage reasoning", model, sizes, how)
+    how = f"--max_steps {steps} --mixed_precision no --no-gradient_checkpointing"
+    run(f"{folder}/run", f"--stage reasoning --prompt_file {folder}/prompt.txt", files, sizes, how)
     print_cost(clocks)
 
 
 def print_cost(clocks=()):
-    """Peak MiB; CPU seconds from one reward to the next, the median, without the first, which wakes libraries."""
+    """Peak MiB; median of the CPU seconds from reward to reward, without the first: it wakes libraries."""
     seconds = [after - before for before, after in itertools.pairwise(clocks)][1:]
-    print(
-        "COST", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, statistics.median(seconds or [0])
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print("COST", peak, statistics.median(seconds or [0]))
 
 
-def imports(peer=""):
+def imports(module="json"):
     """What a side needs before it has a model."""
-    if peer:
-        from trl import GRPOTrainer  # noqa: F401
+    importlib.import_module(module)
     print_cost()
 
 
 def bench_trl(steps="3"):
-    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses, one thread."""
+    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
 
     def measure(name, *arguments):
-        command = [sys.executable, "-W", "ignore", __file__, name, *map(str, arguments)]
-        one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_thread)
-        assert "COST" in result.stdout, result.stdout + result.stderr
-        peak, seconds = result.stdout.split("COST")[1].split()
-        return int(peak), float(seconds)
+        printed = run_script("-W ignore", __file__, name, *arguments)
+        return tuple(map(float, printed.split("COST")[1].split()[:2]))
 
-    (theirs, _), (ours, _) = measure("imports", "trl"), measure("imports")
-    print(f"imports alone: TRL {theirs} MiB, pebr.py {ours} MiB\n")
-    print(
-        "| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB | ratio | less imports |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for side, max_new_tokens in ((392, 64), (560, 128), (392, 256), (196, 448)):
+    (theirs, _), (ours, _) = measure("imports", "trl.trainer.grpo_trainer"), measure("imports")
+    print(f"imports alone: TRL {theirs:.0f} MiB, pebr.py {ours:.0f} MiB\n")
+    print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
+    print(" | ratio | less imports |\n" + "|---" * 8 + "|")
+    for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
         with tempfile.TemporaryDirectory() as folder:
-            peer_world(folder, side)
+            peer_world(Path(folder), side)
             names = ("train_with_trl", "train_with_pebr")
-            trl, own = (measure(name, folder, 2 + int(steps), max_new_tokens) for name in names)
-        cells = [f"{(side // 28) ** 2 + 70} : {max_new_tokens}", f"{trl[1]:.2f}", f"{own[1]:.2f}"]
-        cells += [f"{trl[1] / own[1]:.1f}x", trl[0], own[0], f"{own[0] / trl[0]:.2f}"]
-        cells += [f"{(own[0] - ours) / (trl[0] - theirs):.2f}"]
-        print("|", " | ".join(map(str, cells)), "|", flush=True)
+            (trl, trl_s), (own, own_s) = (measure(name, folder, 2 + int(steps), length) for name in names)
+        seconds = f"{trl_s:.2f} | {own_s:.2f} | {trl_s / own_s:.1f}x | {trl:.0f} | {own:.0f}"
+        ratios = f"{own / trl:.2f} | {(own - ours) / (trl - theirs):.2f}"
+        print(f"| {(side // 28) ** 2 + 70} : {length} | {seconds} | {ratios} |", flush=True)
 
 
 STAGE_COMMANDS = {"trl": bench_trl, "train_with_trl": train_with_trl, "train_with_pebr": train_with_pebr,
