@@ -944,7 +944,7 @@ def evaluate_model(policy: Policy, rows: list[Row], folder: Path, cfg: Config, c
 
 
 # ============================================================================================================
-# That was the method. Below: what its loops call by name, logs and checkpoints, the dry run, run folders, main.
+# That was the method. Below: what its loops call by name, logs, checkpoints, dry run, run folder, main.
 # ============================================================================================================
 
 
@@ -960,9 +960,8 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
     """Rows of a data file that have the fields in `need`; with a policy, each is encoded as training will.
     Broken rows stop the run with the whole list; --skip_bad_rows drops and counts them [9]."""
     root = cfg.image_root
-    summary = Path(
-        cfg.run_dir, "sample", "summary.json"
-    ).resolve()  # of this run: pictures are where they were
+    # A split that this run's sampling wrote: the pictures are where they were.
+    summary = Path(cfg.run_dir, "sample", "summary.json").resolve()
     if not root and Path(path).resolve().parent == summary.parent and summary.is_file():
         root = str(summary.parent / json.loads(summary.read_text())["image_root"])
     rows, problems = load_rows(path, root, need)
@@ -1311,9 +1310,8 @@ def check_config(cfg: Config) -> None:
     need = {"warmup": "sft_data", "sample": "train_data", "evaluate": "test_data"}.get(cfg.stage, "model")
     need = "clip_model" if cfg.stage == "perception" else need
     if not getattr(cfg, need) and not (cfg.from_data and need != "clip_model"):
-        raise ConfigError(
-            f"--stage {cfg.stage} needs --{need} (no warm-up: --stage sample --from_model MODEL)"
-        )
+        hint = "no warm-up: --stage sample --from_model MODEL"
+        raise ConfigError(f"--stage {cfg.stage} needs --{need} ({hint})")
     if cfg.group_size < 2:
         raise ConfigError(f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage")
     if batch % update or update % processes:
@@ -1389,9 +1387,7 @@ def parse_flags(argv: list[str]) -> dict:
     """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.description = __doc__.split("\n\nWhere this departs")[0]
-    parser.epilog = (
-        "Defaults are the paper's; settings of the stage, of the toy and flags replace them in turn."
-    )
+    parser.epilog = "Defaults: the paper's; settings of the stage, of the toy and flags replace them in turn."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(Config):
         kind = {"type": f.type, "metavar": f.type.__name__}

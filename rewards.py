@@ -847,11 +847,12 @@ COLUMNS = ("accuracy", "keyword", "clip", "format", "tokens", "truncated")
 def evaluation_table(scores: dict[str, dict], title: str) -> str:
     """scores: {model: {"greedy": score_predictions, "sampled": ...}}. All models evaluated on one file."""
     width, lines = max(map(len, scores)) + 2, []
-    header = f"{'model':<{width}}{'decoding':<10}" + "".join(f"{name:>11}" for name in COLUMNS) + "   95 % interval"
+    in_columns = lambda model, mode, cells: f"{model:<{width}}{mode:<10}" + "".join(f"{c:>11}" for c in cells)
+    header = in_columns("model", "decoding", COLUMNS) + "   95 % interval"
     for mode in ("greedy", "sampled"):
         for model, row in ((model, each[mode]) for model, each in scores.items() if mode in each):
             cells = ["-" if row[c] is None else f"{row[c]:.{1 if c == 'tokens' else 3}f}" for c in COLUMNS]
             passed = "".join(f"   {name} {row[name]:.3f}" for name in row if name.startswith("pass@"))
             interval = "   {:.3f}-{:.3f}".format(*row["interval_95"])
-            lines.append(f"{model:<{width}}{mode:<10}" + "".join(f"{cell:>11}" for cell in cells) + interval + passed)
+            lines.append(in_columns(model, mode, cells) + interval + passed)
     return "\n".join([header, *lines, f"{row['n']} {title}"])
