@@ -94,7 +94,6 @@ class Config:
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
     seed: int = option(0, "everything random follows from it")
     overwrite: bool = option(False, "redo the stage; this discards the stages after it, too")
-    log_with: str = option("", "an accelerate tracker in addition to metrics.jsonl: tensorboard, wandb, ...")
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints to resume from; 0 = every step")
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
@@ -109,7 +108,7 @@ class Config:
     max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and its response); longer is broken")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
-    # Training. In a stage that is only made because a later one needs it, these keep their defaults.
+    # Training. These flags are for the stage that --stage names, and not for those that it needs.
     from_model: str = option("", "model to start from; empty: the stage before (evaluate: all of them)", True)
     from_data: str = option("", "data file; empty: what the stage before made", True)
     learning_rate: float = option(1e-6, "constant in RL; warm-up: 1e-5, 10 %% rising, then cosine", True)
@@ -140,18 +139,22 @@ class Config:
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
 
 
-STAGES = {  # the paper's settings where a stage departs from the defaults above
-    "warmup": dict(learning_rate=1e-5, epochs=2, freeze_vision=True, batch_size=128, update_batch_size=128,
-                   max_length=4096),
-    "perception": dict(batch_size=560, update_batch_size=112),
-    "reasoning": dict(epochs=2),
-    "dryrun": dict(batch_size=560, update_batch_size=112, max_steps=2),
+STAGES = {  # where a stage's model and data come from, and the paper's settings that are not defaults
+    "warmup": dict(from_model="{model}", from_data="{sft_data}", learning_rate=1e-5, epochs=2,
+                   freeze_vision=True, batch_size=128, update_batch_size=128, max_length=4096),
+    "sample": dict(from_model="{run_dir}/warmup", from_data="{train_data}"),
+    "perception": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json", batch_size=560,
+                       update_batch_size=112),
+    "reasoning": dict(from_model="{run_dir}/perception", from_data="{run_dir}/sample/medium.json", epochs=2),
+    "evaluate": dict(from_data="{test_data}"),
+    "dryrun": dict(from_model="{model}", batch_size=560, update_batch_size=112, max_steps=2),
 }  # fmt: skip
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
-    "all": dict(model="{toy}/model", train_data="{toy}/train.json", sft_data="{toy}/sft.json",
-                test_data="{toy}/test.json", clip_model="local-dir:{toy}/clip", cosine_hi=0.9,
-                prompt_file="{toy}/prompt.txt", max_length=64, max_new_tokens=128, eval_samples=4,
-                eval_temperature=1.0, mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
+    "all": dict(model="{run_dir}/toy/model", train_data="{run_dir}/toy/train.json",
+                sft_data="{run_dir}/toy/sft.json", test_data="{run_dir}/toy/test.json",
+                clip_model="local-dir:{run_dir}/toy/clip", prompt_file="{run_dir}/toy/prompt.txt",
+                cosine_hi=0.9, max_length=64, max_new_tokens=128, eval_samples=4, eval_temperature=1.0,
+                mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
                 generate_batch_size=1024),
     "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=1000,
                    freeze_vision=False, max_length=256),
@@ -167,17 +170,19 @@ class ConfigError(ValueError):
     """A flag, or a combination of flags or folders, that cannot work; says what to change."""
 
 
-def resolve(stage: str, flags: dict, named: bool = True) -> Config:
-    """Config of a stage: paper < stage < toy < flags. named: by --stage, so the training flags are for it."""
-    settings = {"stage": stage, **STAGES.get(stage, {})}
-    if flags.get("model", "toy") == "toy":
-        folder = str(Path(flags.get("run_dir", Config.run_dir), "toy"))
-        toy = TOY["all"] | TOY.get(stage, {})
-        settings |= {name: v.replace("{toy}", folder) if isinstance(v, str) else v for name, v in toy.items()}
-    for name in flags.keys() - {"stage"}:
-        if flags[name] != "toy" and (named or not Config.__dataclass_fields__[name].metadata["training"]):
-            settings[name] = flags[name]
-    return Config(**settings)
+def resolve(stage: str, flags: dict) -> Config:
+    """Config of a stage: paper < stage < toy < flags."""
+    settings, given = STAGES[stage], flags | {"stage": stage}
+    if flags.get("stage", "all") not in (stage, "all"):  # it is made because the named stage needs it
+        given = {n: v for n, v in given.items() if not Config.__dataclass_fields__[n].metadata["training"]}
+    if given.get("model", "toy") == "toy":
+        given.pop("model", None)
+        settings = settings | TOY["all"] | TOY.get(stage, {})
+    cfg = Config(**settings | given)
+    for f in fields(Config):
+        if f.type is str and f.name not in given:  # a table's path, made of the fields above it
+            setattr(cfg, f.name, getattr(cfg, f.name).format(**vars(cfg)))
+    return cfg
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -746,10 +751,10 @@ def everywhere(number: int) -> int:
 # Warm-up: supervised fine-tuning on structured rationales
 
 
-def warmup(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
+def warmup(cfg: Config, folder: Path) -> tuple:
     """Loss on the response only (paper, section "warm-up"). Returns the policy, bare and wrapped."""
-    policy = load_policy(model_path, cfg)
-    rows, dropped = filter_warmup_rows(checked_rows(data_path, cfg, policy, ("response",)))
+    policy = load_policy(cfg.from_model, cfg)
+    rows, dropped = filter_warmup_rows(checked_rows(cfg.from_data, cfg, policy, ("response",)))
     own = sum(map(has_instruction, rows))
     accelerator.print(f"{len(rows)} warm-up rows, {own} with an instruction of their own; dropped: {dropped}")
     model, optimizer = prepare_training(policy, cfg)
@@ -789,14 +794,14 @@ def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
 
-def sample(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
+def sample(cfg: Config, folder: Path) -> None:
     """Answer every question G times with a frozen model; write easy, medium and hard.json and a summary.
 
     The three files have the input's rows unchanged. A group whose answers are all right or all wrong has no
     advantage and teaches reasoning nothing; a question that is always answered right is safe to describe.
     """
-    policy, path = load_policy(model_path, cfg), folder / "rollouts.jsonl"
-    rows = checked_rows(data_path, cfg, policy, ("answer",))
+    policy, path = load_policy(cfg.from_model, cfg), folder / "rollouts.jsonl"
+    rows = checked_rows(cfg.from_data, cfg, policy, ("answer",))
     larger = replace(cfg, max_pixels=cfg.sample_max_pixels)  # [10]
     answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
@@ -808,7 +813,7 @@ def sample(cfg: Config, model_path: str, data_path: str, folder: Path) -> None:
     right = Counter(int(sum(scores[row.qid])) for row in rows)
     summary = {"questions": len(rows), **{name: len(part) for name, part in split.items()}}
     summary["right of n"] = {k: right[k] for k in range(cfg.group_size + 1)}
-    summary["image_root"] = os.path.relpath(cfg.image_root or Path(data_path).parent, folder)
+    summary["image_root"] = os.path.relpath(cfg.image_root or Path(cfg.from_data).parent, folder)
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
@@ -817,21 +822,18 @@ def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path
     """Answer each row n times at cfg.temperature, a JSON line per row in `path`. Resumes: each question has
     its seed, so the lines are those of an uninterrupted run, on any number of processes."""
     earlier = read_jsonl(path)
-    rewrite_jsonl(path, earlier)  # without a torn last line
+    write_jsonl(path, earlier)  # without a torn last line
     done = set(broadcast_object_list([[record["qid"] for record in earlier]])[0])
     width = max(1, cfg.generate_batch_size // n) * accelerator.num_processes
     chunks = in_batches(list(enumerate(rows)), width)
     chunks = [chunk for chunk in chunks if any(row.qid not in done for _, row in chunk)]
     mine = (chunk[accelerator.process_index :: accelerator.num_processes] for chunk in chunks)
     batches = encoded_ahead(mine, lambda item: encode_prompt(policy, item[1], cfg, item[0]))
-    bar = tqdm(zip(chunks, batches), total=len(chunks), desc=path.stem)
-    for chunk, prompts in bar:
+    for chunk, prompts in tqdm(zip(chunks, batches), total=len(chunks), desc=path.stem):
         rollouts = generate_rollouts(policy, prompts, n, cfg, path.stem)
         scored = in_batches(list(zip(rollouts, score_rollouts(rollouts, clip_scorer))), n)
         made = {record["qid"]: record for record in gather_object([answer_record(group) for group in scored])}
         append_jsonl(path, [made[row.qid] for _, row in chunk if row.qid not in done])
-        right = [score for record in made.values() for score in record["scores"]]
-        bar.set_postfix(accuracy=f"{sum(right) / len(right):.3f}")
     accelerator.wait_for_everyone()
 
 
@@ -851,12 +853,12 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
 # GRPO: perception RL and reasoning RL are this loop with another reward and other questions
 
 
-def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> tuple:
+def train_grpo(cfg: Config, folder: Path) -> tuple:
     """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, and as accelerate wraps it."""
-    policy, weights = load_policy(model_path, cfg), STAGE_REWARDS[cfg.stage]
-    rows, clip_scorer = grpo_rows(data_path, cfg, policy, weights), load_clip(cfg)
+    policy, weights = load_policy(cfg.from_model, cfg), STAGE_REWARDS[cfg.stage]
+    rows, clip_scorer = grpo_rows(cfg, policy, weights), load_clip(cfg)
     model, optimizer = prepare_training(policy, cfg)
-    reference = load_reference(model_path, cfg)
+    reference = load_reference(cfg.from_model, cfg)
     update_size = cfg.update_batch_size * cfg.group_size // accelerator.num_processes  # rollouts here
     log = StepLog(folder, cfg, len(rows))
     batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
@@ -901,8 +903,10 @@ def train_grpo(cfg: Config, model_path: str, data_path: str, folder: Path) -> tu
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
+EVALUATED = "from_data seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature"
 
-def evaluate(cfg: Config, data_path: str, folder: Path) -> None:
+
+def evaluate(cfg: Config, folder: Path) -> None:
     """Answer the held-out questions greedily and sampled, with every model of the run, and print one table.
 
     Writes folder/<file>/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
@@ -912,15 +916,19 @@ def evaluate(cfg: Config, data_path: str, folder: Path) -> None:
     models = {"base": cfg.model} | {stage: str(Path(cfg.run_dir, stage)) for stage in trained}
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
-    folder, rows, clip_scorer = folder / Path(data_path).stem, [], load_clip(cfg)
-    check_evaluation(folder, cfg, data_path)
+    folder, rows, clip_scorer = folder / Path(cfg.from_data).stem, [], load_clip(cfg)
+    settings = json.dumps({name: getattr(cfg, name) for name in EVALUATED.split()})
+    if (folder / "settings.json").is_file() and (folder / "settings.json").read_text() != settings:
+        raise ConfigError(f"{folder} is of another file or other settings; --overwrite redoes it")
+    accelerator.wait_for_everyone()
+    write_text(folder / "settings.json", settings)
     for name, model_path in models.items():
         if not (folder / name / "scores.json").is_file():
             policy = load_policy(model_path, cfg).to(accelerator.device)
-            rows = rows or checked_rows(data_path, cfg, policy, ("answer",))
+            rows = rows or checked_rows(cfg.from_data, cfg, policy, ("answer",))
             evaluate_model(policy, rows, folder / name, cfg, clip_scorer)
     scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
-    table = evaluation_table(scores, f"questions of {Path(data_path).name}, judged by rule")
+    table = evaluation_table(scores, f"questions of {Path(cfg.from_data).name}, judged by rule")
     write_text(folder / "table.txt", table + "\n")
     accelerator.print("\n" + table)
 
@@ -936,7 +944,7 @@ def evaluate_model(policy: Policy, rows: list[Row], folder: Path, cfg: Config, c
             saved = {record["qid"]: record for record in read_jsonl(path)}
             records = [saved[row.qid] for row in rows]
             scores[mode] = {"temperature": temperature, **score_predictions(rows, records)}
-            rewrite_jsonl(path, records)  # now with answers and verdicts
+            write_jsonl(path, records)  # now with answers and verdicts
             if "index" in rows[0].raw:
                 write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
     write_text(folder / "scores.json", json.dumps(scores, indent=1))
@@ -987,16 +995,15 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
             raise DataError(f"{listed}\n--skip_bad_rows drops them")
         accelerator.print(f"dropped: {listed}")
     if not rows:
-        raise DataError(
-            f"{path}: no usable rows; if sampling wrote it, warm up longer or use --from_data FILE"
-        )
+        raise DataError(f"{path}: no usable rows; if sampling wrote it, warm up longer or name a --from_data")
     return rows
 
 
-def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> list[Row]:
+def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     """The stage's questions. This run's own sampling has already checked the pictures of those it wrote."""
     need = ("answer", "key_words") if "keyword" in weights else ("answer",)
-    rows = checked_rows(data_path, cfg, policy if cfg.from_data else None, need)
+    sampled = Path(cfg.from_data).parent == Path(cfg.run_dir, "sample")
+    rows = checked_rows(cfg.from_data, cfg, None if sampled else policy, need)
     if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
@@ -1008,19 +1015,12 @@ def grpo_rows(data_path: str, cfg: Config, policy: Policy, weights: dict) -> lis
 def local_questions(rows: list[Row], step: int, cfg: Config) -> list[tuple[int, Row]]:
     """This process's part of every update of a step (from 0), as (position in the step, row): an update has
     the same questions on any number of processes. Steps follow each other through shuffled epochs."""
-    batch = []
-    for position in range(cfg.batch_size):
-        epoch, i = divmod(step * cfg.batch_size + position, len(rows))
-        batch.append((position, rows[shuffled(len(rows), f"{cfg.seed} {epoch}")[i]]))
-    size, mine = cfg.update_batch_size // accelerator.num_processes, []
-    for update in in_batches(batch, cfg.update_batch_size):
-        mine += update[accelerator.process_index * size :][:size]
-    return mine
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(count: int, seed: str) -> list[int]:
-    return torch.randperm(count, generator=seeded(seed)).tolist()
+    first, n = step * cfg.batch_size, len(rows)
+    epochs = range(first // n, (first + cfg.batch_size - 1) // n + 1)
+    order = [torch.randperm(n, generator=seeded(f"{cfg.seed} {epoch}")) for epoch in epochs]
+    order = torch.cat(order).tolist()[first % n :]
+    mine = range(accelerator.process_index, cfg.batch_size, accelerator.num_processes)
+    return [(position, rows[order[position]]) for position in mine]
 
 
 def seeded(seed: str) -> torch.Generator:
@@ -1038,13 +1038,9 @@ def encoded_ahead(batches, encode):
         yield from ([encode(item) for item in batch] for batch in batches)
         return
     with ThreadPoolExecutor(4) as pool:
-        ahead = []
-        for batch in batches:
-            ahead.append([pool.submit(encode, item) for item in batch])
-            if len(ahead) == 2:
-                yield [future.result() for future in ahead.pop(0)]
-        for futures in ahead:
-            yield [future.result() for future in futures]
+        submitted = (pool.map(encode, batch) for batch in batches)
+        for batch, _ in itertools.pairwise(itertools.chain(submitted, [None])):
+            yield list(batch)
 
 
 def load_reference(model_path: str, cfg: Config) -> Policy | None:
@@ -1096,11 +1092,11 @@ def rollout_records(rollouts: list[Rollout], parts: list[dict], rewards, advanta
     """All processes' rollouts, in the order of the step's questions: lines of samples.jsonl."""
     records = []
     for i, r in enumerate(rollouts):
-        record = {"qid": r.prompt.row.qid, "prompt": r.prompt.row.problem, "answer": r.prompt.row.answer}
-        record |= {"completion": r.text, "tokens": len(r.tokens), "truncated": r.truncated, "parts": parts[i]}
-        record |= {"reward": float(rewards[i]), "advantage": float(advantages[i])}
-        records.append((r.prompt.position, i, record))
-    return [record for _, _, record in sorted(gather_object(records), key=lambda item: item[:2])]
+        record = {"position": r.prompt.position, "qid": r.prompt.row.qid, "prompt": r.prompt.row.problem}
+        record |= {"answer": r.prompt.row.answer, "completion": r.text, "tokens": len(r.tokens)}
+        record |= {"truncated": r.truncated, "parts": parts[i], "reward": float(rewards[i])}
+        records.append(record | {"advantage": float(advantages[i])})
+    return sorted(gather_object(records), key=lambda record: record["position"])
 
 
 def rollout_metrics(records: list[dict], cfg: Config) -> dict[str, float]:
@@ -1126,13 +1122,16 @@ class StepLog:
     def __init__(self, folder: Path, cfg: Config, num_rows: int):
         self.folder, self.cfg = folder, cfg
         self.total = cfg.max_steps or math.ceil(num_rows * cfg.epochs / cfg.batch_size)
-        self.step = load_checkpoint(folder) + 1  # the step in hand, from 1
+        last = get_last_checkpoint(folder)
+        done = int(last.rsplit("-")[-1]) if last else 0
+        if last:
+            accelerator.load_state(last)
+            accelerator.print(f"resuming after step {done}")
+        for path in folder.glob("*.jsonl"):  # lines newer than the checkpoint are taken back
+            write_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= done])
+        self.step = done + 1  # the step in hand, from 1
         self.bar = tqdm(total=self.total, initial=self.step - 1, desc=cfg.stage)
         self.seconds, self.clock, self.saved = {}, time.perf_counter(), time.monotonic()
-        if cfg.log_with:
-            for tracker in accelerator.trackers:  # the stage before this one is a run of its own
-                tracker.finish()
-            accelerator.init_trackers(f"pebr_{cfg.stage}", asdict(cfg))
 
     def lap(self, name: str) -> None:
         """The time since the last lap was spent on `name`."""
@@ -1146,45 +1145,29 @@ class StepLog:
         timing = {f"{name}_s": round(s, 3) for name, s in self.seconds.items()}
         timing |= {"tokens_per_s": round(metrics["tokens"] / sum(self.seconds.values()), 1)}
         timing["peak_gib"] = round(peak / 2**30, 2)
-        accelerator.log(metrics | timing, step=self.step)
         for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
             append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
-        self.bar.set_postfix({name: metrics[name] for name in SHOWN if name in metrics}, refresh=False)
+        shown = ("reward", "clip", "keyword", "accuracy", "length_tokens", "kl", "entropy", "loss")
+        self.bar.set_postfix({name: metrics[name] for name in shown if name in metrics}, refresh=False)
         self.bar.update()
         due = time.monotonic() - self.saved >= 60 * self.cfg.checkpoint_minutes
         if everywhere(due and accelerator.is_main_process) and self.step < self.total:
-            save_checkpoint(self.folder, self.step)
-            self.saved = time.monotonic()
+            self.save_checkpoint()
         self.step, self.clock = self.step + 1, time.perf_counter()
 
-
-SHOWN = ("reward", "clip", "keyword", "accuracy", "format", "length_tokens", "kl", "entropy", "loss")
-
-
-def save_checkpoint(folder: Path, step: int) -> None:
-    """Model, optimizer and random states after `step` steps; all else follows from the step. It gets its name
-    when it is whole: a run that is killed here still has the one before it."""
-    unfinished = folder / "unfinished"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        unfinished.rename(folder / f"checkpoint-{step}")
-        rotate_checkpoints(str(folder), save_total_limit=1)
-
-
-def load_checkpoint(folder: Path) -> int:
-    """Steps already done, 0 without a checkpoint. Log lines newer than the checkpoint are taken back."""
-    last = get_last_checkpoint(folder)
-    step = int(last.rsplit("-")[-1]) if last else 0
-    if last:
-        accelerator.load_state(last)
-        accelerator.print(f"resuming after step {step}")
-    for path in folder.glob("*.jsonl"):
-        rewrite_jsonl(path, [record for record in read_jsonl(path) if record["step"] <= step])
-    return step
+    def save_checkpoint(self) -> None:
+        """Model, optimizer and random states after this step; all else follows from the step. It gets its
+        name when it is whole: a run that is killed here still has the one before it."""
+        unfinished = self.folder / "unfinished"
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            unfinished.rename(self.folder / f"checkpoint-{self.step}")
+            rotate_checkpoints(str(self.folder), save_total_limit=1)
+        self.saved = time.monotonic()
 
 
 def save_policy(policy: Policy, model, folder: Path) -> None:
@@ -1212,7 +1195,7 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def rewrite_jsonl(path: Path, records: list[dict]) -> None:
+def write_jsonl(path: Path, records: list[dict]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -1231,14 +1214,15 @@ def write_text(path: Path, text: str) -> None:
 def dryrun(cfg: Config, folder: Path) -> None:
     """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
     responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
-    side, model_path, picture = math.isqrt(cfg.max_pixels), cfg.from_model or cfg.model, folder / "noise.png"
+    side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
     Image.effect_noise((side, side), 100).save(picture)
-    prompt = encode_prompt(load_policy(model_path, cfg), Row("dryrun", "0", "a", "a", [str(picture)]), cfg)
-    problem = "a" + " a" * (cfg.max_length - prompt.inputs["input_ids"].shape[1])
-    row = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
-    write_text(folder / "rows.json", json.dumps([row | {"qid": str(i)} for i in range(cfg.batch_size)]))
+    row = Row("dryrun", "0", "a", "a", [str(picture)])
+    inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
+    problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
+    raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
+    write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
     accelerator.wait_for_everyone()
-    train_grpo(replace(cfg, from_data="rows.json"), model_path, str(folder / "rows.json"), folder)
+    train_grpo(replace(cfg, from_data=str(path)), folder)
     for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
         seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
         rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
@@ -1250,56 +1234,36 @@ def dryrun(cfg: Config, folder: Path) -> None:
 # Run folder and main: a stage is done or not; redoing it discards the stages after it
 
 
-EVALUATED = "seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature".split()
-
-
-def check_evaluation(folder: Path, cfg: Config, data_path: str) -> None:
-    """A table's models have answered the same file in the same way. Raises ConfigError."""
-    settings = {name: getattr(cfg, name) for name in EVALUATED} | {"data": os.path.realpath(data_path)}
-    made = folder / "settings.json"
-    if made.is_file() and json.loads(made.read_text()) != settings:
-        raise ConfigError(f"{folder} is of another file or other settings; --overwrite redoes it")
-    accelerator.wait_for_everyone()
-    write_text(made, json.dumps(settings, indent=1))
-
-
-NEEDS = {"sample": ["warmup"], "perception": ["warmup", "sample"], "reasoning": ["perception", "sample"]}
-
-
-def stages_to_run(stage: str, flags: dict, named: bool = True) -> list[Config]:
-    """The stage, after those that its model and its data come from and that are not done."""
-    cfg, before = resolve(stage, flags, named), []
-    if not Path(cfg.run_dir, stage, "done").is_file() or named and cfg.overwrite:
-        for name, given in zip(NEEDS.get(stage, []), (cfg.from_model, cfg.from_data)):
-            before += [] if given else stages_to_run(name, flags, named=False)
-        return before + [cfg]
-    return [cfg] if named else []
+def stages_to_run(names: list[str], flags: dict) -> list[Config]:
+    """The named stages, and before them those that their models and data come from and that are not done."""
+    todo, inputs = [], set()
+    for name in ("dryrun", *reversed(ORDER)):
+        cfg = resolve(name, flags)
+        folder, named = Path(cfg.run_dir, name), name in names
+        done = (folder / "done").is_file() and not (named and cfg.overwrite)
+        if named or (folder in inputs and not done):
+            todo = [cfg, *todo]
+            inputs |= set() if done else {Path(cfg.from_model), Path(cfg.from_data).parent}
+    return todo
 
 
 def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
-    stage, folder = cfg.stage, Path(cfg.run_dir, cfg.stage)
+    folder, stages = Path(cfg.run_dir, cfg.stage), {"warmup": warmup, "sample": sample}
+    stages |= {"perception": train_grpo, "reasoning": train_grpo, "evaluate": evaluate, "dryrun": dryrun}
     if (folder / "done").is_file():
         return accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
-    own = {"warmup": cfg.sft_data, "sample": cfg.train_data, "evaluate": cfg.test_data}
-    own |= {"perception": f"{cfg.run_dir}/sample/easy.json", "reasoning": f"{cfg.run_dir}/sample/medium.json"}
-    data = cfg.from_data or own.get(stage, "")
-    model = cfg.from_model or (str(folder.with_name(NEEDS[stage][0])) if stage in NEEDS else cfg.model)
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
     accelerator.wait_for_everyone()
-    if stage == "dryrun":
-        dryrun(cfg, folder)
-    elif stage == "evaluate":  # never done: later stages bring more models
-        evaluate(cfg, data, folder)
-    else:
-        if trained := {"warmup": warmup, "sample": sample}.get(stage, train_grpo)(cfg, model, data, folder):
-            save_policy(*trained, folder)
-        accelerator.wait_for_everyone()
+    if trained := stages[cfg.stage](cfg, folder):
+        save_policy(*trained, folder)
+    accelerator.wait_for_everyone()
+    if cfg.stage not in ("evaluate", "dryrun"):  # never done: later stages bring more models
         write_text(folder / "done", "")
-        if accelerator.is_main_process:
-            for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
-                shutil.rmtree(path, ignore_errors=True)
+    if accelerator.is_main_process:
+        for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
+            shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -1307,11 +1271,10 @@ def run_stage(cfg: Config) -> None:
 def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
     batch, update, processes = cfg.batch_size, cfg.update_batch_size, accelerator.num_processes
-    need = {"warmup": "sft_data", "sample": "train_data", "evaluate": "test_data"}.get(cfg.stage, "model")
-    need = "clip_model" if cfg.stage == "perception" else need
-    if not getattr(cfg, need) and not (cfg.from_data and need != "clip_model"):
-        hint = "no warm-up: --stage sample --from_model MODEL"
-        raise ConfigError(f"--stage {cfg.stage} needs --{need} ({hint})")
+    if not cfg.from_data and cfg.stage != "dryrun":
+        raise ConfigError(f"--stage {cfg.stage} needs --{STAGES[cfg.stage]['from_data'].strip('{}')}")
+    if not cfg.clip_model and "clip" in STAGE_REWARDS.get(cfg.stage, ()):
+        raise ConfigError(f"--stage {cfg.stage} needs --clip_model")
     if cfg.group_size < 2:
         raise ConfigError(f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage")
     if batch % update or update % processes:
@@ -1326,16 +1289,14 @@ def start_accelerator(cfg: Config) -> Accelerator:
     processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // local))
-    launch = {"cpu": cpu, "log_with": cfg.log_with or None, "project_dir": cfg.run_dir}
-    launch["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)  # else backward divides
-    started = Accelerator(mixed_precision=cfg.mixed_precision, **launch)
+    once = GradientAccumulationPlugin(num_steps=1)  # whatever the launcher says: backward would divide by it
+    started = Accelerator(cpu=cpu, mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=once)
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if wants_fsdp and started.distributed_type == DistributedType.MULTI_CPU:  # else DDP, without a word
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         started.state.distributed_type = DistributedType.FSDP
         started.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    plain = started.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
-    if not plain and not started.is_fsdp2:
+    if started.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not started.is_fsdp2:
         raise ConfigError(f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
     return started
 
@@ -1344,8 +1305,8 @@ def run(flags: dict) -> None:
     """The stage that --stage names, or all of them, in a run folder of which this is the only run."""
     global accelerator
     stage = flags.get("stage", "all")
-    if stage not in (*ORDER, "all", "dryrun"):
-        raise ConfigError(f"--stage {stage}: must be one of {', '.join(ORDER)}, all, dryrun")
+    if stage not in (*STAGES, "all"):
+        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
     if stage == "all" and {"from_model", "from_data"} & flags.keys():
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
     names = ORDER if stage == "all" else [stage]
@@ -1361,26 +1322,18 @@ def run(flags: dict) -> None:
     except BlockingIOError:
         raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
     accelerator.wait_for_everyone()
-    todo = {}
-    for each in itertools.chain(*(stages_to_run(name, flags) for name in names)):
-        todo.setdefault(each.stage, each)
-    for each in todo.values():  # a typo must not surface after hours
+    todo = stages_to_run(names, flags)
+    for each in todo:  # a typo must not surface after hours
         check_config(each)
         load_clip(each)
-    for path in filter(None, (cfg.from_data, cfg.sft_data, cfg.train_data, cfg.test_data)):
+    for path in filter(None, (flags.get("from_data"), cfg.sft_data, cfg.train_data, cfg.test_data)):
         checked_rows(path, cfg, None, ())
     if cfg.overwrite and stage != "dryrun" and accelerator.is_main_process:
         for later in reversed(ORDER[ORDER.index(names[0]) :]):
             shutil.rmtree(folder / later, ignore_errors=True)
     accelerator.wait_for_everyone()
-    for each in todo.values():
+    for each in todo:
         run_stage(each)
-    accelerator.end_training()
-
-
-OUT_OF_MEMORY = """out of memory. Lower --micro_batch_size (update), --generate_batch_size (rollout),
---max_new_tokens or --max_pixels; several GPUs shard the model with configs/fsdp2.yaml; --kl_coef 0 needs no
-reference model. The same command with the new flag goes on from the last checkpoint."""
 
 
 def parse_flags(argv: list[str]) -> dict:
@@ -1408,7 +1361,10 @@ def main(argv: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
             raise
-        sys.exit(f"pebr.py: {OUT_OF_MEMORY}\n{error}")
+        advice = """out of memory. Lower --micro_batch_size (update), --generate_batch_size (rollout),
+--max_new_tokens or --max_pixels; several GPUs shard the model with configs/fsdp2.yaml; --kl_coef 0 needs no
+reference model. The same command with the new flag goes on from the last checkpoint."""
+        sys.exit(f"pebr.py: {advice}\n{error}")
 
 
 if __name__ == "__main__":

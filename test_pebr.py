@@ -1339,7 +1339,7 @@ def grpo_step(policy, rollouts, rewards, cfg, folder, reference=None):
         patch.setattr(
             pebr, "score_rollouts", lambda *_: [{"accuracy": float(r), "format": 0.0} for r in rewards]
         )
-        pebr.train_grpo(cfg, "", "", folder)
+        pebr.train_grpo(cfg, folder)
     return caught, pebr.read_jsonl(folder / "metrics.jsonl")[-1]
 
 
@@ -2097,7 +2097,8 @@ def one_of_each(folder, toy, rows, cfg, where, launcher=""):
         policies = []
         for stage, train in (("warmup", pebr.warmup), ("perception", pebr.train_grpo)):
             (folder / stage).mkdir()
-            policies.append(train(replace(cfg, stage=stage), str(toy / "model"), "", folder / stage)[0])
+            settings = replace(cfg, stage=stage, from_model=str(toy / "model"))
+            policies.append(train(settings, folder / stage)[0])
         lines = [pebr.read_jsonl(folder / stage / "metrics.jsonl")[0] for stage in ("warmup", "perception")]
         weights = torch.cat([p.detach().cpu().flatten() for policy in policies for p in policy.parameters()])
     return lines, pebr.read_jsonl(folder / "perception" / "samples.jsonl"), weights
@@ -2255,7 +2256,7 @@ def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
     assert len(pebr.fields(Config)) <= 45
     flags = "--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --temperature 0.9"
     flags = pebr.parse_flags(words(flags))
-    named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags, named=False)
+    named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags | {"stage": "sample"})
     assert (named.learning_rate, named.freeze_vision, named.gradient_checkpointing) == (0.5, False, True)
     assert implied.learning_rate == pebr.TOY["warmup"]["learning_rate"]  # training flags: the named stage's
     assert named.temperature == implied.temperature == 0.9
@@ -2469,7 +2470,7 @@ def test_steps_cover_each_epoch_once_and_do_not_depend_on_the_number_of_processe
         for process in range(2):
             monkeypatch.setattr(Accelerator, "process_index", process)
             parts.append(pebr.in_batches(pebr.local_questions(rows, step, cfg), 2))
-        assert [a + b for a, b in zip(*parts)] == pebr.in_batches(alone[step], 4)
+        assert [sorted(a + b) for a, b in zip(*parts)] == pebr.in_batches(alone[step], 4)
 
 
 def calls_of(name, monkeypatch):
