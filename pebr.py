@@ -803,10 +803,10 @@ def sample(cfg: Config, folder: Path) -> None:
     policy, path = load_policy(cfg.from_model, cfg), folder / "rollouts.jsonl"
     rows = checked_rows(cfg.from_data, cfg, policy, ("answer",))
     larger = replace(cfg, max_pixels=cfg.sample_max_pixels)  # [10]
-    answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
+    records = answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
         return
-    scores = {record["qid"]: record["scores"] for record in read_jsonl(path)}
+    scores = {record["qid"]: record["scores"] for record in records}
     split = split_by_difficulty(rows, scores, cfg.group_size)
     for name, part in split.items():
         write_text(folder / f"{name}.json", json.dumps([row.raw for row in part], indent=1))
@@ -818,9 +818,10 @@ def sample(cfg: Config, folder: Path) -> None:
     print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
 
-def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path, clip_scorer=None) -> None:
+def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path, clip_scorer=None) -> list:
     """Answer each row n times at cfg.temperature, a JSON line per row in `path`. Resumes: each question has
-    its seed, so the lines are those of an uninterrupted run, on any number of processes."""
+    its seed, so the lines are those of an uninterrupted run, on any number of processes. Returns the records
+    of the rows, on the main process."""
     earlier = read_jsonl(path)
     write_jsonl(path, earlier)  # without a torn last line
     done = set(broadcast_object_list([[record["qid"] for record in earlier]])[0])
@@ -835,6 +836,8 @@ def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path
         made = {record["qid"]: record for record in gather_object([answer_record(group) for group in scored])}
         append_jsonl(path, [made[row.qid] for _, row in chunk if row.qid not in done])
     accelerator.wait_for_everyone()
+    saved = {record["qid"]: record for record in read_jsonl(path)}
+    return [saved[row.qid] for row in rows if row.qid in saved]
 
 
 def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int) -> dict[str, list[Row]]:
@@ -901,7 +904,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation and dry run
 
 EVALUATED = "from_data seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature"
 
@@ -922,37 +925,49 @@ def evaluate(cfg: Config, folder: Path) -> None:
         raise ConfigError(f"{folder} is of another file or other settings; --overwrite redoes it")
     accelerator.wait_for_everyone()
     write_text(folder / "settings.json", settings)
+    modes = {"greedy": (1, 0.0), "sampled": (cfg.eval_samples, cfg.eval_temperature)}
     for name, model_path in models.items():
-        if not (folder / name / "scores.json").is_file():
-            policy = load_policy(model_path, cfg).to(accelerator.device)
-            rows = rows or checked_rows(cfg.from_data, cfg, policy, ("answer",))
-            evaluate_model(policy, rows, folder / name, cfg, clip_scorer)
+        if (folder / name / "scores.json").is_file():
+            continue
+        policy, scores = load_policy(model_path, cfg).to(accelerator.device), {}
+        rows = rows or checked_rows(cfg.from_data, cfg, policy, ("answer",))
+        for mode, (n, temperature) in modes.items():
+            path, how = folder / name / f"predictions_{mode}.jsonl", replace(cfg, temperature=temperature)
+            records = answer_questions(policy, rows, n, how, path, clip_scorer) if n else []
+            if records:
+                scores[mode] = {"temperature": temperature, **score_predictions(rows, records)}
+                write_jsonl(path, records)  # now with answers and verdicts
+                if "index" in rows[0].raw:
+                    write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
+        write_text(folder / name / "scores.json", json.dumps(scores, indent=1))
+        accelerator.wait_for_everyone()
     scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
     table = evaluation_table(scores, f"questions of {Path(cfg.from_data).name}, judged by rule")
     write_text(folder / "table.txt", table + "\n")
     accelerator.print("\n" + table)
 
 
-def evaluate_model(policy: Policy, rows: list[Row], folder: Path, cfg: Config, clip_scorer) -> None:
-    """Answer the rows greedily and sampled; score what was saved."""
-    scores = {}
-    for mode, n, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval_samples, cfg.eval_temperature)):
-        path = folder / f"predictions_{mode}.jsonl"
-        if n:
-            answer_questions(policy, rows, n, replace(cfg, temperature=temperature), path, clip_scorer)
-        if n and accelerator.is_main_process:
-            saved = {record["qid"]: record for record in read_jsonl(path)}
-            records = [saved[row.qid] for row in rows]
-            scores[mode] = {"temperature": temperature, **score_predictions(rows, records)}
-            write_jsonl(path, records)  # now with answers and verdicts
-            if "index" in rows[0].raw:
-                write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
-    write_text(folder / "scores.json", json.dumps(scores, indent=1))
+def dryrun(cfg: Config, folder: Path) -> None:
+    """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
+    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
+    side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
+    Image.effect_noise((side, side), 100).save(picture)
+    row = Row("dryrun", "0", "a", "a", [str(picture)])
+    inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
+    problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
+    raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
+    write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
     accelerator.wait_for_everyone()
+    train_grpo(replace(cfg, from_data=str(path)), folder)
+    for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
+        seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
+        rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
+        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
+        print("DRYRUN " + json.dumps(timing))
 
 
 # ============================================================================================================
-# That was the method. Below: what its loops call by name, logs, checkpoints, dry run, run folder, main.
+# That was the method. Below: what its loops call by name, logs, checkpoints, run folder, main.
 # ============================================================================================================
 
 
@@ -1007,8 +1022,6 @@ def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
-    if len(rows) < cfg.batch_size:
-        accelerator.print(f"{len(rows)} questions for steps of {cfg.batch_size}: each step repeats some")
     return rows
 
 
@@ -1143,8 +1156,8 @@ class StepLog:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, on Linux
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak
         timing = {f"{name}_s": round(s, 3) for name, s in self.seconds.items()}
-        timing |= {"tokens_per_s": round(metrics["tokens"] / sum(self.seconds.values()), 1)}
-        timing["peak_gib"] = round(peak / 2**30, 2)
+        speed = metrics["tokens"] / sum(self.seconds.values())
+        timing |= {"tokens_per_s": round(speed, 1), "peak_gib": round(peak / 2**30, 2)}
         for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
             append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
         shown = ("reward", "clip", "keyword", "accuracy", "length_tokens", "kl", "entropy", "loss")
@@ -1159,9 +1172,6 @@ class StepLog:
         """Model, optimizer and random states after this step; all else follows from the step. It gets its
         name when it is whole: a run that is killed here still has the one before it."""
         unfinished = self.folder / "unfinished"
-        if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -1177,10 +1187,9 @@ def save_policy(policy: Policy, model, folder: Path) -> None:
     for name in policy.model.all_tied_weights_keys:
         state.pop(name, None)  # FSDP gathers tied weights twice
     if accelerator.is_main_process:
-        ours, policy.model.generation_config = policy.model.generation_config, policy.saved_generation_config
+        policy.model.generation_config = policy.saved_generation_config
         policy.model.save_pretrained(folder, state_dict=state)
         policy.processor.save_pretrained(folder)
-        policy.model.generation_config = ours
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -1205,29 +1214,6 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".tmp").write_text(text)
         path.with_name(path.name + ".tmp").replace(path)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Dry run: what a run will cost
-
-
-def dryrun(cfg: Config, folder: Path) -> None:
-    """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
-    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
-    side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
-    Image.effect_noise((side, side), 100).save(picture)
-    row = Row("dryrun", "0", "a", "a", [str(picture)])
-    inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
-    problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
-    raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
-    write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
-    accelerator.wait_for_everyone()
-    train_grpo(replace(cfg, from_data=str(path)), folder)
-    for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
-        seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
-        rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
-        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
-        print("DRYRUN " + json.dumps(timing))
 
 
 # ------------------------------------------------------------------------------------------------------------
