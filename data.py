@@ -358,33 +358,38 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 # ============================================================================================================
 # The toy world. A reader of the paper can stop here.
 #
-# Coloured shapes on a grid; count them, subtract them, add up their prices. It is written to disk once:
-# pictures, data files as above, a Hugging Face model folder, an open_clip folder. From then on only paths
-# matter, so the toy takes the same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
-#   - One grid cell is one image token (28 x 28 pixels).
-#   - The teacher is noisy: it leaves out or misnames objects, so RL has something to sharpen.
-#   - It slips in its steps too, the more objects there are: easy and medium questions.
-#   - Prices need a multiplication that the warm-up is too short to teach, and some of them numbers that the
-#     model has no word for: hard questions.
+# Coloured shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files as
+# above, a Hugging Face model folder, an open_clip folder. From then on only paths matter, so the toy takes the
+# same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
+#   - The teacher sees wrong, always in the same way: 6 of 10 triangles are squares to it. Its student's greedy
+#     description is then wrong, and its samples are right often enough for RL to find the truth.
+#   - It reasons wrong in one decision: 6 times of 10 it forgets to subtract. So subtract questions are medium.
+#   - Color questions do not depend on shapes, so they are easy even where the description is wrong.
+#   - Only 1 RL question of 10 asks for a shape, but half of the held-out ones do: a right answer seldom needs
+#     the triangles seen right, so the answer's reward teaches to see badly. --toy_shapes moves this share.
+#   - Prices are not in the warm-up at all: hard questions.
+#   - 2,600 RL questions, of which none is seen twice in a stage: nothing is learned by heart.
+#   - 1,000 held-out questions: a standard error of 1.5 points.
 # ============================================================================================================
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}
 COLOR_NAMES = list(COLORS)
 SHAPES = ["circle", "square", "triangle"]
-PLACES = ["top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right"]
-CELL = 28  # pixels
+PLACES = ["top-left", "top-middle", "top-right", "bottom-left", "bottom-middle", "bottom-right"]
+CELL = 28  # pixels: one cell of the grid is one image token
 
 
 @dataclass
 class ToyConfig:
-    """Sizes and noise of the toy world."""
+    """Sizes of the toy world, and how often its teacher errs."""
 
     sft_rows: int = 6000
-    rl_rows: int = 960
-    dear_rows: int = 40  # RL questions that nobody can answer
-    test_rows: int = 320
-    object_noise: float = 0.22  # share of the objects that the teacher's description leaves out or misnames
-    slip_per_object: float = 0.12  # chance of a slip in the teacher's steps, per object beyond the first
+    rl_rows: int = 2000
+    test_rows: int = 1000
+    asks_shapes: float = 0.1  # share of the RL questions that ask for a shape; elsewhere a half
+    triangle_as_square: float = 0.75
+    forgets_to_subtract: float = 0.55
+    object_noise: float = 0.06  # objects that the teacher leaves out or misnames, at random
     hidden: int = 128
     text_layers: int = 4
     vision_layers: int = 2
@@ -399,20 +404,21 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     """
     done = Path(folder, "toy.json")
     if done.exists():
-        if (old := json.loads(done.read_text())["seed"]) != seed:
-            raise DataError(f"{folder} was made with --seed {old}, not {seed}: use another --run_dir")
+        old = json.loads(done.read_text())
+        if (old["seed"], old["asks_shapes"]) != (seed, toy.asks_shapes):
+            raise DataError(f"{folder} was made with --seed {old['seed']}: use another --run_dir")
         return
     print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
-    rng, dear_rng = random.Random(seed), random.Random(seed + 2)
-    sft_kinds = ["count"] * 9 + ["subtract"] * 9 + ["price"] * 2
-    rl_kinds = ["count"] * 8 + ["subtract"] * 6 + ["price"] * 3
-    sft = [toy_row(folder, f"sft{i}", toy_question(rng, sft_kinds), toy) for i in range(toy.sft_rows)]
-    train = [toy_row(folder, f"train{i}", toy_question(rng, rl_kinds)) for i in range(toy.rl_rows)]
-    numbers = range(toy.rl_rows, toy.rl_rows + toy.dear_rows)
-    train += [toy_row(folder, f"train{i}", dear_question(dear_rng)) for i in numbers]
-    test = [toy_row(folder, f"test{i}", toy_question(rng, rl_kinds)) for i in range(toy.test_rows)]
-    for name, rows in ("sft", sft), ("train", train), ("test", test):
+    rng = random.Random(seed)
+    kinds = {"sft": ["count"] * 3 + ["subtract"] * 9}
+    asks = ["count"] * 7 + ["subtract"] * 7
+    kinds["train"], kinds["test"] = asks + ["price"] * 2, asks + ["price"]
+    for name, count in ("sft", toy.sft_rows), ("train", toy.rl_rows), ("test", toy.test_rows):
+        share = toy.asks_shapes if name == "train" else 0.5
+        asked = [toy_question(rng, kinds[name], share) for _ in range(count)]
+        teacher = toy if name == "sft" else None
+        rows = [toy_row(folder, f"{name}{i}", question, teacher) for i, question in enumerate(asked)]
         Path(folder, f"{name}.json").write_text(json.dumps(rows, indent=1))
     Path(folder, "prompt.txt").write_text("{question}")  # the toy model has no use for an instruction
     words = WORDS.split() + [str(n) for n in range(9 * len(PLACES) + 1)]
@@ -425,58 +431,55 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
 class ToyQuestion:
     scene: list[tuple[str, str, str]]  # objects (color, shape, place), in reading order
     kind: str  # count, subtract or price
-    color: str
-    prices: tuple[int, int]  # of an object of that color, and of any other
+    about: str  # a color or a shape
+    prices: tuple[int, int]  # of an object about which is asked, and of any other
     rng: random.Random  # draws the picture and the teacher's mistakes
 
-    def solve(self, scene) -> tuple[str, str, list, int]:
-        """(question, rationale, the objects that matter, answer)"""
-        color, (price, other) = self.color, self.prices
-        same = [thing for thing in scene if thing[0] == color]
-        others = [thing for thing in scene if thing[0] != color]
+    def text(self) -> str:
+        things = f"{self.about}s" if self.about in SHAPES else f"{self.about} objects"
         if self.kind == "count":
-            return f"How many {color} objects are there ?", f"count the {color} objects", same, len(same)
+            return f"How many {things} are there ?"
         if self.kind == "subtract":
-            question = f"Subtract all {color} objects . How many objects are left ?"
-            return question, f"leave out the {color} objects , count the rest", others, len(others)
-        question = f"A {color} object costs {price} coins , any other {other} ."
-        question += " How many coins do all objects cost ?"
-        rationale = f"add up the coins of the {color} objects and of the others"
-        return question, rationale, same, price * len(same) + other * len(others)
+            return f"Subtract all {things} . How many objects are left ?"
+        return "{} cost {} coins , all others {} . How many coins is that ?".format(things, *self.prices)
+
+    def solve(self, scene, kind: str) -> tuple[str, list, int]:
+        """(rationale, the objects that count, answer), as if `kind` were asked of `scene`."""
+        same = [thing for thing in scene if self.about in thing]
+        others = [thing for thing in scene if self.about not in thing]
+        if kind == "price":
+            return "", [], self.prices[0] * len(same) + self.prices[1] * len(others)
+        rationale = f"count {self.about}" if kind == "count" else f"leave out {self.about} , count the rest"
+        counted = same if kind == "count" else others
+        return rationale, counted, len(counted)
 
 
 def toy_scene(rng: random.Random) -> list[tuple[str, str, str]]:
-    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 1, 1, 2, 2, 3, 3, 4, 5, 5])))
+    cells = sorted(rng.sample(range(len(PLACES)), rng.choice([1, 1, 2, 2, 3, 3, 4])))
     return [(rng.choice(COLOR_NAMES), rng.choice(SHAPES), PLACES[cell]) for cell in cells]
 
 
-def toy_question(rng: random.Random, kinds: list[str]) -> ToyQuestion:
-    scene, kind, color = toy_scene(rng), rng.choice(kinds), rng.choice(COLOR_NAMES)
-    return ToyQuestion(scene, kind, color, (rng.randint(2, 9), rng.randint(2, 9)), rng)
+def toy_question(rng: random.Random, kinds: list[str], asks_shapes: float) -> ToyQuestion:
+    about = rng.choice(SHAPES if rng.random() < asks_shapes else COLOR_NAMES)
+    return ToyQuestion(toy_scene(rng), rng.choice(kinds), about, (rng.randint(2, 9), rng.randint(2, 9)), rng)
 
 
-def dear_question(rng: random.Random) -> ToyQuestion:
-    """The price of two objects or more is beyond the numbers that the model has words for."""
-    things = (toy_scene(rng) + toy_scene(rng))[:4]
-    scene = [(color, shape, place) for (color, shape, _), place in zip(things, PLACES)]
-    color = rng.choice(COLOR_NAMES)
-    return ToyQuestion(scene, "price", color, (rng.randint(30, 50), rng.randint(30, 50)), rng)
-
-
-def toy_row(folder: str, name: str, asked: ToyQuestion, toy: ToyConfig | None = None) -> dict:
-    """Write the picture; return an RL row, or, with `toy` for the teacher's noise, a warm-up row."""
+def toy_row(folder: str, name: str, asked: ToyQuestion, teacher: ToyConfig | None) -> dict:
+    """Write the picture; return an RL row, or a warm-up row with the teacher's response."""
     image = f"images/{name}.png"
     toy_picture(asked.scene, asked.rng).save(Path(folder, image))
-    question, _, _, answer = asked.solve(asked.scene)
-    if toy:
-        said = {"user": "<image>" + question, "assistant": toy_response(asked, toy)}
+    if teacher:
+        said = {"user": "<image>" + asked.text(), "assistant": toy_response(asked, teacher)}
         messages = [{"role": role, "content": content} for role, content in said.items()]
         return {"messages": messages, "images": [image]}
     words = [f"{len(asked.scene)} objects"]  # number, objects, spatial relations, as the paper's teacher
     for color, shape, place in asked.scene:
-        words += [f"{color} {shape}", f"{shape} at the {place}"]
-    row = {"qid": name, "problem": "<image>" + question, "answer": str(answer), "images": [image]}
-    return row | {"key_words": list(dict.fromkeys(words)), "kind": asked.kind}
+        words += [f"{color} {shape}", f"{shape} at {place}"]
+    hangs = asked.kind != "price" and asked.about in SHAPES[1:]  # on what the teacher sees wrong
+    kind = "triangle, square" if hangs else asked.kind
+    answer = str(asked.solve(asked.scene, asked.kind)[2])
+    row = {"qid": name, "problem": "<image>" + asked.text(), "answer": answer, "images": [image]}
+    return row | {"key_words": list(dict.fromkeys(words)), "kind": kind}
 
 
 def toy_picture(scene, rng: random.Random) -> Image.Image:
@@ -496,32 +499,31 @@ def toy_picture(scene, rng: random.Random) -> Image.Image:
 
 
 def told(things) -> str:
-    return " , ".join(f"{color} {shape} at the {place}" for color, shape, place in things) or "none"
+    return " , ".join(f"{color} {shape} at {place}" for color, shape, place in things) or "none"
 
 
-def toy_response(asked: ToyQuestion, toy: ToyConfig) -> str:
+def toy_response(asked: ToyQuestion, teacher: ToyConfig) -> str:
     """The teacher's response in the paper's answer format, with the teacher's mistakes."""
-    scene, rng, seen = asked.scene, asked.rng, []
-    for thing in scene:
-        if rng.random() < toy.object_noise:
+    rng, seen = asked.rng, []
+    for color, shape, place in asked.scene:
+        if shape == "triangle" and rng.random() < teacher.triangle_as_square:
+            shape = "square"
+        if rng.random() < teacher.object_noise:
             if rng.random() < 0.5:
                 continue  # left out
-            thing = (rng.choice(COLOR_NAMES), rng.choice(SHAPES), thing[2])  # misnamed
-        seen.append(thing)
-    believed = list(seen)  # the steps follow from what was described
-    if believed and rng.random() < toy.slip_per_object * (len(scene) - 1):
-        i = rng.randrange(len(believed))  # one object is forgotten, or gets another color
-        believed[i : i + 1] = [] if rng.random() < 0.5 else [(rng.choice(COLOR_NAMES), *believed[i][1:])]
-    _, rationale, matter, answer = asked.solve(believed)
+            color, shape = rng.choice(COLOR_NAMES), rng.choice(SHAPES)  # misnamed
+        seen.append((color, shape, place))
+    forgets = rng.random() < teacher.forgets_to_subtract
+    rationale, counted, answer = asked.solve(seen, "count" if forgets else asked.kind)
     return (
-        f"### Image Description: There are {len(scene)} objects . {told(seen)} .\n"
+        f"### Image Description: There are {len(asked.scene)} objects . {told(seen)} .\n"
         f"### Rationales: {rationale} .\n### Let's think step by step.\n"
-        f"### Step 1: {told(matter)} .\n### Step 2: that makes {answer} .\n### The final answer is: {answer}"
+        f"### Step 1: {told(counted)} .\n### Step 2: that makes {answer} .\n### The final answer is: {answer}"
     )
 
 
-WORDS = "user assistant system none that makes count the leave out rest add up coins of and others There are "
-WORDS += "objects . , ? at A object How many is Subtract all left costs any other do cost "
+WORDS = "user assistant system none that makes count the leave out rest There are objects . , ? at How many is "
+WORDS += "Subtract all left cost coins others circles squares triangles "
 WORDS += " ".join(COLOR_NAMES + SHAPES + PLACES)
 TOKENS = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
 HEADINGS = ["### Image Description:", "### Rationales:", "### Let's think step by step."]

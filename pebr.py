@@ -8,6 +8,7 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
     accelerate launch pebr.py --stage reasoning     # GRPO on medium questions, accuracy reward
     accelerate launch pebr.py --stage evaluate      # every model of the run, one table
     accelerate launch pebr.py --stage all           # the five in a row
+    accelerate launch pebr.py --stage ablation      # two stages against one, at equal steps, on several seeds
     accelerate launch pebr.py --stage dryrun        # two GRPO steps at full length: memory, seconds, hours
 
 Without more flags this trains a tiny model on a toy world, offline, on a CPU. Each stage fills a folder in
@@ -90,7 +91,7 @@ def option(default, help: str, training: bool = False):
 
 @dataclass
 class Config:
-    stage: str = option("all", "warmup, sample, perception, reasoning, evaluate, all; or dryrun")
+    stage: str = option("all", "one of the stages, all, ablation or dryrun")
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
     seed: int = option(0, "everything random follows from it")
     overwrite: bool = option(False, "redo the stage; this discards the stages after it, too")
@@ -103,8 +104,7 @@ class Config:
     image_root: str = option("", "folder of the pictures; empty: the data file's folder")
     prompt_file: str = option("", "instruction, with {question} in it; empty: data.INSTRUCTION")
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping")
-    max_pixels: int = option(802_816, "larger pictures are reduced to this area")
-    sample_max_pixels: int = option(4_194_304, "the same in difficulty sampling")
+    max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 5.2 times it)")
     max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and its response); longer is broken")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
@@ -129,6 +129,10 @@ class Config:
     clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, or fg-clip:folder")
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward")
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
+    toy_shapes: str = option(
+        "0.1", "toy: share of RL questions about shapes; a list, 0.1,0.5, in the ablation"
+    )
+    ablation_seeds: int = option(3, "the ablation runs with the seeds 0 to this - 1")
     eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
     eval_temperature: float = option(0.5, "of the sampled responses")
     threads: int = option(0, "CPU threads per process; 0 = the cores, shared by the processes")
@@ -148,12 +152,16 @@ STAGES = {  # where a stage's model and data come from, and the paper's settings
     "reasoning": dict(from_model="{run_dir}/perception", from_data="{run_dir}/sample/medium.json", epochs=2),
     "evaluate": dict(from_data="{test_data}"),
     "dryrun": dict(from_model="{model}", batch_size=560, update_batch_size=112, max_steps=2),
+    # The ablation's arms: one stage in the place of two.
+    "perception_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json"),
+    "reasoning_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/medium.json"),
+    "mixed": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy_and_medium.json"),
 }  # fmt: skip
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
     "all": dict(model="{run_dir}/toy/model", train_data="{run_dir}/toy/train.json",
                 sft_data="{run_dir}/toy/sft.json", test_data="{run_dir}/toy/test.json",
                 clip_model="local-dir:{run_dir}/toy/clip", prompt_file="{run_dir}/toy/prompt.txt",
-                cosine_hi=0.9, max_length=64, max_new_tokens=128, eval_samples=4, eval_temperature=1.0,
+                cosine_hi=0.9, max_length=64, max_new_tokens=96, eval_samples=4, eval_temperature=1.0,
                 mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
                 generate_batch_size=1024),
     "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=1000,
@@ -163,7 +171,13 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
     "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
-STAGE_REWARDS["dryrun"] = STAGE_REWARDS["perception"]
+ARMS = ("perception_only", "reasoning_only", "mixed")
+for arm in ARMS:  # as many steps as the two stages have together
+    steps = TOY["perception"]["max_steps"] + TOY["reasoning"]["max_steps"]
+    TOY[arm] = TOY["reasoning"] | {"max_steps": steps}
+see, reason = STAGE_REWARDS["perception"], STAGE_REWARDS["reasoning"]
+STAGE_REWARDS |= {"dryrun": see, "perception_only": see, "reasoning_only": reason}
+STAGE_REWARDS["mixed"] = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
 
 
 class ConfigError(ValueError):
@@ -404,11 +418,13 @@ class GroupCache:
     step: int = 0  # tokens of the responses before this one
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows go on, and only their prompts. Layer by layer, so there are never two caches."""
+        """Only these rows go on, and only their prompts. In place, so there are never two caches."""
         used, prompt = (self.slot[rows] // self.n).unique(return_inverse=True)
         self.slot = prompt * self.n + self.slot[rows] % self.n
-        for i, (keys, values) in enumerate(self.own):
-            self.own[i] = keys[rows], values[rows]
+        for i, layer in enumerate(self.own):
+            for x in layer:
+                x[: len(rows), :, : self.step + 1] = x[rows, :, : self.step + 1]
+            self.own[i] = tuple(x[: len(rows)] for x in layer)
         if len(used) < len(self.bias):
             self.bias = self.bias[used]
             for i, (keys, values) in enumerate(self.prompts):
@@ -794,6 +810,9 @@ def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
 
+SAMPLE_PIXELS = 4_194_304 / 802_816  # the paper's limits: of a picture in sampling, and elsewhere
+
+
 def sample(cfg: Config, folder: Path) -> None:
     """Answer every question G times with a frozen model; write easy, medium and hard.json and a summary.
 
@@ -802,13 +821,13 @@ def sample(cfg: Config, folder: Path) -> None:
     """
     policy, path = load_policy(cfg.from_model, cfg), folder / "rollouts.jsonl"
     rows = checked_rows(cfg.from_data, cfg, policy, ("answer",))
-    larger = replace(cfg, max_pixels=cfg.sample_max_pixels)  # [10]
+    larger = replace(cfg, max_pixels=round(SAMPLE_PIXELS * cfg.max_pixels))  # [10]
     records = answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
         return
     scores = {record["qid"]: record["scores"] for record in records}
     split = split_by_difficulty(rows, scores, cfg.group_size)
-    for name, part in split.items():
+    for name, part in [*split.items(), ("easy_and_medium", split["easy"] + split["medium"])]:
         write_text(folder / f"{name}.json", json.dumps([row.raw for row in part], indent=1))
     right = Counter(int(sum(scores[row.qid])) for row in rows)
     summary = {"questions": len(rows), **{name: len(part) for name, part in split.items()}}
@@ -915,7 +934,7 @@ def evaluate(cfg: Config, folder: Path) -> None:
     Writes folder/<file>/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
     layout of VLMEvalKit's judge. A model that has scores is not asked again.
     """
-    trained = [stage for stage in ORDER if stage != "sample" and Path(cfg.run_dir, stage, "done").is_file()]
+    trained = [s for s in (*ORDER, *ARMS) if s != "sample" and Path(cfg.run_dir, s, "done").is_file()]
     models = {"base": cfg.model} | {stage: str(Path(cfg.run_dir, stage)) for stage in trained}
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
@@ -1217,13 +1236,117 @@ def write_text(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Ablation: from one warm-up and in as many steps, two stages against perception, reasoning or both in one
+
+
+def ablation(flags: dict) -> None:
+    """Run the arms for each seed, in run folders of their own; write a table, the scores and a figure.
+
+    With several --toy_shapes only two stages and reasoning only run: when does seeing first pay?
+    """
+    cfg = resolve("evaluate", flags)
+    shares, folder = cfg.toy_shapes.split(","), Path(cfg.run_dir, "ablation")
+    arms = ARMS if len(shares) == 1 else ["reasoning_only"]
+    path, models, scores = folder / ("arms" if len(shares) == 1 else "shares"), ["warmup", "perception"], {}
+    for share, seed in tqdm(list(itertools.product(shares, range(cfg.ablation_seeds))), desc="ablation"):
+        run_dir = folder / f"shapes{share}_seed{seed}"
+        own = {"run_dir": str(run_dir), "seed": seed, "toy_shapes": share}
+        run_stages([*ORDER[:-1], *arms, "evaluate"], flags | own)
+        for model in [*models, "reasoning", *arms] if accelerator.is_main_process else []:
+            scores.setdefault(share, {}).setdefault(model, []).append(held_out(run_dir, model))
+    if accelerator.is_main_process:
+        table = "\n\n".join(ablation_table(share, scores[share]) for share in shares)
+        write_text(path.with_suffix(".json"), json.dumps(scores, indent=1))
+        write_text(path.with_suffix(".txt"), table + "\n")
+        write_text(
+            path.with_suffix(".svg"),
+            svg_figure(gap_panels(scores) if len(shares) > 1 else step_panels(scores[shares[0]])),
+        )
+        print(f"\n{table}\n\n{path}.svg shows it")
+
+
+def held_out(run_dir: Path, model: str) -> dict[str, float]:
+    """A model's accuracy and keyword recall on the held-out questions, and its greedy accuracy by category."""
+    [path] = run_dir.glob(f"evaluate/*/{model}/scores.json")
+    scores, found = json.loads(path.read_text()), {}
+    for mode in scores:
+        found |= {f"{mode} accuracy": scores[mode]["accuracy"], f"{mode} recall": scores[mode]["keyword"]}
+    return found | {name: values["accuracy"] for name, values in scores["greedy"]["categories"].items()}
+
+
+def ablation_table(share: str, scores: dict[str, list[dict]]) -> str:
+    """Mean ± standard deviation over the seeds; at last, of two stages minus reasoning only, seed by seed."""
+    names, pairs = list(scores["warmup"][0]), zip(scores["reasoning"], scores["reasoning_only"])
+    gaps = [{name: two[name] - one[name] for name in names} for two, one in pairs]
+    lines = [f"shapes {share:<12}" + "".join(f"{name:>18}" for name in names)]
+    for model, values in (scores | {"two - reasoning": gaps}).items():
+        columns = [torch.tensor([value[name] for value in values]) for name in names]
+        cells = [f"{c.mean():.3f} ± {c.std(correction=min(1, len(c) - 1)):.3f}" for c in columns]
+        lines.append(f"{LABELS.get(model, model):<19}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join([*lines, f"held-out questions, {len(gaps)} seeds"])
+
+
+LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
+LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
+
+
+def step_panels(scores: dict[str, list[dict]]) -> dict[str, dict]:
+    """Held-out scores over the RL steps, means over seeds, for svg_figure."""
+    half, end, panels = TOY["perception"]["max_steps"], TOY["mixed"]["max_steps"], {}
+    for name in ("greedy recall", "greedy accuracy", "triangle, square"):
+        mean = {model: sum(value[name] for value in values) / len(values) for model, values in scores.items()}
+        lines = {LABELS[arm]: [(0, mean["warmup"]), (end, mean[arm])] for arm in ("reasoning", *ARMS)}
+        lines["two stages"].insert(1, (half, mean["perception"]))
+        panels[f"{name}, by RL step"] = lines
+    return panels
+
+
+def gap_panels(scores: dict[str, dict]) -> dict[str, dict]:
+    """Two stages minus reasoning only over the shares, means over seeds, for svg_figure."""
+    lines = {name: [] for name in ("greedy accuracy", "triangle, square", "greedy recall")}
+    for name, (share, models) in itertools.product(lines, scores.items()):
+        pairs = list(zip(models["reasoning"], models["reasoning_only"]))
+        lines[name].append((float(share), sum(two[name] - one[name] for two, one in pairs) / len(pairs)))
+    return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
+
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 270" font-family="sans-serif" font-size="12">
+<style>svg {{ color: #24292f; fill: currentColor }} polyline {{ fill: none; stroke-width: 2 }}
+path {{ stroke: currentColor; opacity: .2 }} @media (prefers-color-scheme: dark) {{ svg {{ color: #d0d7de }} }}
+</style>{}</svg>"""
+
+
+def svg_figure(panels: dict[str, dict]) -> str:
+    """Panels side by side: {title: {label: [(x, y), ...]}}."""
+    body, width = "", 960 // len(panels)
+    for left, (title, lines) in zip(range(0, 960, width), panels.items()):
+        xs, ys = zip(*itertools.chain(*lines.values()))
+        low, high = math.floor(10 * min(ys)), math.ceil(10 * max(ys))  # in tenths
+        to_x = lambda x: left + 30 + (width - 50) * (x - min(xs)) / (max(xs) - min(xs))
+        to_y = lambda y: 200 - 165 * (10 * y - low) / (high - low)
+        body += f'<text x="{left}" y="16" font-weight="bold">{title}</text>'
+        for tenth in range(low, high + 1):
+            body += f'<path d="M{left + 30} {to_y(tenth / 10)}h{width - 50}"/>'
+            body += f'<text x="{left}" y="{to_y(tenth / 10) + 4}">{tenth / 10:.1f}</text>'
+        for x in sorted(set(xs)):
+            body += f'<text x="{to_x(x)}" y="218" text-anchor="middle">{x:g}</text>'
+        for i, (label, line) in enumerate(lines.items()):
+            color = ("#d0813a", "#4c8bc0", "#4f9d69", "#9a76b8")[i]
+            points = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in line)
+            body += f'<polyline points="{points}" stroke="{color}"/>'
+            at = left + 30 + 130 * (i % 2), 240 + 18 * (i // 2)
+            body += f'<text x="{at[0]}" y="{at[1]}" fill="{color}">— {label}</text>'
+    return SVG.format(960, body)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Run folder and main: a stage is done or not; redoing it discards the stages after it
 
 
 def stages_to_run(names: list[str], flags: dict) -> list[Config]:
     """The named stages, and before them those that their models and data come from and that are not done."""
     todo, inputs = [], set()
-    for name in ("dryrun", *reversed(ORDER)):
+    for name in ("dryrun", "evaluate", *ARMS, *reversed(ORDER[:-1])):
         cfg = resolve(name, flags)
         folder, named = Path(cfg.run_dir, name), name in names
         done = (folder / "done").is_file() and not (named and cfg.overwrite)
@@ -1235,14 +1358,14 @@ def stages_to_run(names: list[str], flags: dict) -> list[Config]:
 
 def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
-    folder, stages = Path(cfg.run_dir, cfg.stage), {"warmup": warmup, "sample": sample}
-    stages |= {"perception": train_grpo, "reasoning": train_grpo, "evaluate": evaluate, "dryrun": dryrun}
+    folder = Path(cfg.run_dir, cfg.stage)
+    others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
     if (folder / "done").is_file():
         return accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
     accelerator.wait_for_everyone()
-    if trained := stages[cfg.stage](cfg, folder):
+    if trained := others.get(cfg.stage, train_grpo)(cfg, folder):
         save_policy(*trained, folder)
     accelerator.wait_for_everyone()
     if cfg.stage not in ("evaluate", "dryrun"):  # never done: later stages bring more models
@@ -1288,23 +1411,32 @@ def start_accelerator(cfg: Config) -> Accelerator:
 
 
 def run(flags: dict) -> None:
-    """The stage that --stage names, or all of them, in a run folder of which this is the only run."""
+    """The stage that --stage names, or all of them."""
     global accelerator
     stage = flags.get("stage", "all")
-    if stage not in (*STAGES, "all"):
-        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all")
-    if stage == "all" and {"from_model", "from_data"} & flags.keys():
+    if stage not in (*STAGES, "all", "ablation"):
+        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all, ablation")
+    if stage in ("all", "ablation") and {"from_model", "from_data"} & flags.keys():
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
-    names = ORDER if stage == "all" else [stage]
+    accelerator = start_accelerator(resolve("warmup" if stage in ("all", "ablation") else stage, flags))
+    if stage == "ablation":
+        ablation(flags | {"stage": "all"})
+    else:
+        run_stages(ORDER if stage == "all" else [stage], flags)
+    accelerator.end_training()
+
+
+def run_stages(names: list[str], flags: dict) -> None:
+    """The named stages and what they need, in their run folder, which is locked meanwhile."""
     cfg = resolve(names[0], flags)
-    accelerator, folder = start_accelerator(cfg), Path(cfg.run_dir)
+    folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way
     try:
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if flags.get("model", "toy") == "toy":
-                build_toy_world(str(folder / "toy"), cfg.seed, ToyConfig())
+                build_toy_world(str(folder / "toy"), cfg.seed, ToyConfig(asks_shapes=float(cfg.toy_shapes)))
     except BlockingIOError:
         raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
     accelerator.wait_for_everyone()
@@ -1314,8 +1446,9 @@ def run(flags: dict) -> None:
         load_clip(each)
     for path in filter(None, (flags.get("from_data"), cfg.sft_data, cfg.train_data, cfg.test_data)):
         checked_rows(path, cfg, None, ())
-    if cfg.overwrite and stage != "dryrun" and accelerator.is_main_process:
-        for later in reversed(ORDER[ORDER.index(names[0]) :]):
+    if cfg.overwrite and names[0] != "dryrun" and accelerator.is_main_process:
+        order = [*ORDER[:-1], *ARMS, "evaluate"]
+        for later in reversed(order[order.index(names[0]) :]):
             shutil.rmtree(folder / later, ignore_errors=True)
     accelerator.wait_for_everyone()
     for each in todo:
