@@ -34,13 +34,16 @@ rollouts come from a slightly narrower distribution than the one that is scored.
 """
 
 import argparse
+import base64
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 import fcntl
 import functools
+import html
+import io
 import itertools
 import json
 import logging
@@ -75,8 +78,8 @@ from transformers.utils import logging as transformers_logging
 
 from data import IMAGE_MARK, INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages
 from data import filter_warmup_rows, has_instruction, load_image, load_rows, write_tsv_predictions
-from rewards import STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, score_parts, score_predictions
-from rewards import total_reward
+from rewards import HEADING, STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, keyword_reward
+from rewards import parse_response, score_parts, score_predictions, total_reward
 
 # ------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags are made from the fields.
@@ -1155,6 +1158,8 @@ class StepLog:
         if everywhere(due and accelerator.is_main_process) and self.step < self.total:
             save_checkpoint(self.folder, self.step)
             self.saved = time.monotonic()
+        if self.step % 10 == 0:
+            write_report(self.folder.parent)
         self.step, self.clock = self.step + 1, time.perf_counter()
 
 
@@ -1222,6 +1227,165 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".tmp").write_text(text)
         path.with_name(path.name + ".tmp").replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Report: a page of what the stages have left in the run folder. Models and data wrote most of its texts: each
+# goes through `shown`, and the page may neither run nor load anything.
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>PeBR run</title><style>
+:root { color-scheme: light dark; --ink: #20252c; --soft: #68717d; --line: #dde1e6; --page: #fff; --card: #f6f7f9 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #dce1e7; --soft: #949eab; --line: #353c45; --page: #15181c; --card: #1e2228 } }
+body { font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+  background: var(--page); color: var(--ink); max-width: 1240px; margin: auto; padding: 1em }
+h2 { margin: 2em 0 .6em; text-transform: capitalize } pre { overflow-x: auto } small, text { color: var(--soft) }
+.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); margin: 1em 0 2em }
+@media (max-width: 600px) { .cards { display: flex; overflow-x: auto } }
+article { flex: 0 0 80%; background: var(--card); border-radius: 6px; padding: .7em; font-size: 13px }
+article p { margin: .4em 0; white-space: pre-wrap } .description { border-left: 3px solid #4c8bc0; padding-left: .5em }
+.hit { color: #4f9d69 } .miss { color: #cc6a5c; text-decoration: line-through } img { width: 96px; border-radius: 4px }
+.question { display: flex; gap: 1em; align-items: center; margin: .5em 0; white-space: pre-line }
+svg { width: 100%; fill: none; stroke: currentColor; stroke-width: 1.4 } text { font-size: 10px }
+.c0 { color: var(--ink) } .c1 { color: #4f9d69 } .c2 { color: #d0813a } .c3 { color: #4c8bc0 } .c4 { color: #9a76b8 }
+.c5 { color: #8a929c } path { color: var(--line) } text { fill: var(--soft); stroke: none }
+</style><h1>PeBR run</h1>"""
+CHARTS = {"Reward and its parts": ["reward", "accuracy", "keyword", "clip", "format", "length"], "KL": ["kl"],
+          "Entropy": ["entropy"], "Tokens of a response": ["length_tokens"], "Loss": ["loss"],
+          "Share of groups tied, of responses truncated": ["tied_groups", "truncated"]}  # fmt: skip
+
+
+def write_report(run_dir: Path) -> None:
+    """run_dir/report.html, anew; what is not there yet is left out."""
+    files = [(evaluation_section, sorted(run_dir.glob("evaluate/*/table.txt")))]
+    files += [(difficulty_section, run_dir.glob("sample/summary.json"))]
+    files += [(training_section, run_dir.glob(f"{stage}/metrics.jsonl")) for stage in ORDER]
+    if accelerator.is_main_process:
+        page = "".join(section(path.parent) for section, paths in files for path in paths)
+        write_text(run_dir / "report.html", (PAGE + page).encode("ascii", "xmlcharrefreplace").decode())
+
+
+def shown(text: str) -> str:
+    return html.escape(text.replace(IMAGE_MARK, "").strip()[:5000])
+
+
+@functools.lru_cache(maxsize=8)
+def rows_by_qid(path: str, image_root: str) -> dict[str, Row]:
+    with suppress(DataError):  # no rows, or moved since
+        return {row.qid: replace(row, raw={}) for row in load_rows(path, image_root)[0]}
+    return {}
+
+
+def question(row: Row) -> str:
+    file = io.BytesIO()
+    with suppress(DataError, IndexError):  # moved since; no picture
+        load_image(row.images[0], max_pixels=40_000).save(file, "WEBP")
+    picture = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    text = f"<div>{shown(row.problem)} <b>{shown(row.answer)}</b></div>"
+    return f'<div class="question"><img alt="" src="{picture}">{text}</div>'
+
+
+def response_card(head: str, text: str, row: Row) -> str:
+    """A response, its sections set apart, the keywords that its description names or misses marked."""
+    section = lambda match: f'</p><p class="{match.lastgroup}"><small>{match[0].strip("#:. ")}</small> '
+    body, description = HEADING.sub(section, shown(text)), parse_response(text).description
+    kinds = ["hit" if keyword_reward(description, [word]) else "miss" for word in row.key_words]
+    marks = [f'<span class="{k}">{shown(word)}</span> &ensp;' for k, word in zip(kinds, row.key_words)]
+    return f"<article>{head}<p>{body}</p>{''.join(marks)}</article>"
+
+
+def chart(title: str, names: list[str], records: list[dict]) -> str:
+    """Metrics over steps, from 0, as means over at most 100 stretches; the legend has the last of them."""
+    series = {
+        name: [(r["step"], r[name]) for r in records if isinstance(r.get(name), float)] for name in names
+    }
+    last, curves, legend = records[-1]["step"], "", ""
+    top = max([y for points in series.values() for _, y in points], default=0) or 1
+    for i, (name, points) in enumerate(series.items()):
+        stretches = in_batches(points, len(points) // 100 + 1)
+        means = [[sum(column) / len(column) for column in zip(*stretch)] for stretch in stretches]
+        line = " ".join(f"{32 + 265 * x / last:.1f},{105 - 97 * y / top:.1f}" for x, y in means)
+        curves += f'<polyline class="c{i}" points="{line}"/>'
+        legend += f'<small class="c{i}">{name} {means[-1][1]:.3g}</small> &ensp;' if means else ""
+    axes = f'<path d="M32 8H297M32 56H297M32 105H297"/><text y="12">{top:.3g}</text><text y="108">0</text>'
+    axes += f'<text x="297" y="120" text-anchor="end">step {last}</text>'
+    return legend and f'<div>{title}<br>{legend}<svg viewBox="0 0 300 124">{axes}{curves}</svg></div>'
+
+
+def training_section(folder: Path) -> str:
+    """Curves; of the last 16 questions, the two whose rollouts differ most in reward."""
+    metrics, path = read_jsonl(folder / "metrics.jsonl"), folder / "samples.jsonl"
+    page = "".join(chart(title, names, metrics) for title, names in CHARTS.items() if metrics)
+    page = f'<h2>{folder.name}</h2><div class="grid">{page}</div>'
+    cfg, samples = json.loads((folder / "settings.json").read_text()), []
+    if path.is_file():
+        with open(path, "rb") as file:
+            file.seek(-min(2**22, path.stat().st_size), os.SEEK_END)
+            samples = [
+                json.loads(line) for line in file.read().split(b"\n")[-1 - 16 * cfg["group_size"] : -1]
+            ]
+    rows = rows_by_qid(cfg["train_data"], cfg["image_root"]) | rows_by_qid(
+        cfg["from_data"], cfg["image_root"]
+    )
+    groups = [group for group in in_batches(samples, cfg["group_size"]) if group[0]["qid"] in rows]
+    spread = lambda group: max(r["reward"] for r in group) - min(r["reward"] for r in group)
+    for group in sorted(groups, key=spread)[-2:]:
+        row, cards = rows[group[0]["qid"]], ""
+        for r in sorted(group, key=lambda r: -r["reward"]):
+            parts = ", ".join(f"{shown(name)} {value:.2f}" for name, value in r["parts"].items())
+            head = (
+                f"<b>{r['advantage']:+.2f}</b> advantage, {r['reward']:.3f} reward<br><small>{parts}</small>"
+            )
+            cards += response_card(head, r["completion"], row)
+        page += f'{question(row)}<div class="grid cards">{cards}</div>'
+    return page
+
+
+def difficulty_section(folder: Path) -> str:
+    summary, page = json.loads((folder / "summary.json").read_text()), ""
+    for name in ("hard", "medium", "easy"):
+        rows = rows_by_qid(str(folder / f"{name}.json"), str(folder / summary["image_root"]))
+        page += f"<div>{summary[name]} {name}{''.join(map(question, list(rows.values())[:3]))}</div>"
+    most = max(summary["right of n"].values())
+    bars = [
+        f"{k:>2} {count:>7}  {'█' * round(20 * count / most)}" for k, count in summary["right of n"].items()
+    ]
+    bars = "right questions\n" + "\n".join(bars)
+    return f'<h2>Difficulty</h2><div class="grid"><pre>{bars}</pre>{page}</div>'
+
+
+def evaluation_section(folder: Path) -> str:
+    """The table, what changed from model to model, and the three questions on which the last three differ most."""
+    table, settings = (folder / "table.txt").read_text(), json.loads((folder / "settings.json").read_text())
+    models = [path.parent.name for path in folder.glob("*/scores.json")]
+    models.sort(key=lambda model: ORDER.index(model) if model in ORDER else -1)
+    answers = [
+        {r["qid"]: r for r in read_jsonl(folder / model / "predictions_greedy.jsonl")} for model in models
+    ]
+    grade = lambda record: (record["parts"][0].get("keyword", 0), record["verdicts"][0])
+    grades = {qid: [grade(a[qid]) for a in answers] for qid in answers[0] if all(qid in a for a in answers)}
+    for i, (old, new) in enumerate(itertools.pairwise(models)):
+        moves = Counter(
+            (name, b > a, b < a) for g in grades.values() for name, a, b in zip("kr", g[i], g[i + 1])
+        )
+        more, fewer, won, lost = (
+            moves[move] for name in "kr" for move in ((name, True, False), (name, False, True))
+        )
+        table += f"\n{old} -> {new}, greedy: keywords gained on {more}, lost on {fewer}; answers gained {won}, lost {lost}"
+    page = f"<h2>Evaluation</h2><pre>{shown(table)}</pre>"
+    root = json.loads((folder.parent / "settings.json").read_text())["image_root"]
+    rows = rows_by_qid(settings["data"], root) if len(models) > 1 else {}
+    spread = lambda qid: sum(max(values) - min(values) for values in zip(*grades[qid][-3:]))
+    for qid in sorted(grades.keys() & rows.keys(), key=spread)[-3:]:
+        page += question(rows[qid]) + '<div class="grid cards">'
+        for model, saved in zip(models, answers):
+            keyword, right = grade(saved[qid])
+            head = f"<b>{shown(model)}</b>, {'right' if right else 'wrong'}, keywords {keyword:.2f}"
+            page += response_card(head, saved[qid]["responses"][0], rows[qid])
+        page += "</div>"
+    return page
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1300,6 +1464,7 @@ def run_stage(cfg: Config) -> None:
         if accelerator.is_main_process:
             for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
                 shutil.rmtree(path, ignore_errors=True)
+    write_report(folder.parent)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -1375,6 +1540,7 @@ def run(flags: dict) -> None:
     accelerator.wait_for_everyone()
     for each in todo.values():
         run_stage(each)
+    accelerator.print(f"\n{folder / 'report.html'} shows the run")
     accelerator.end_training()
 
 
