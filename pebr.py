@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 import fcntl
 import functools
-import html
+from html import escape
 import io
 import itertools
 import json
@@ -1205,10 +1205,13 @@ def save_policy(policy: Policy, model, folder: Path) -> None:
         policy.model.generation_config = ours
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a file that may end in a torn one; like what follows, on the main process only."""
-    whole = accelerator.is_main_process and path.is_file()
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if whole else []
+def read_jsonl(path: Path, tail: int = sys.maxsize) -> list[dict]:
+    """Whole lines of a file's last bytes, which may end in a torn one. Here and below: main process only."""
+    if not (accelerator.is_main_process and path.is_file()):
+        return []
+    with open(path, "rb") as file:
+        start = file.seek(max(0, path.stat().st_size - tail))
+        return [json.loads(line) for line in file.read().split(b"\n")[start > 0 : -1]]
 
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
@@ -1230,161 +1233,108 @@ def write_text(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Report: a page of what the stages have left in the run folder. Models and data wrote most of its texts: each
-# goes through `shown`, and the page may neither run nor load anything.
+# Report: a page of what the stages have left. Models and data wrote most of it, so all text of theirs is
+# escaped and stands between tags, and the page may neither run nor load anything.
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>PeBR run</title><style>
-:root { color-scheme: light dark; --ink: #20252c; --soft: #68717d; --line: #dde1e6; --page: #fff; --card: #f6f7f9 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #dce1e7; --soft: #949eab; --line: #353c45; --page: #15181c; --card: #1e2228 } }
-body { font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
-  background: var(--page); color: var(--ink); max-width: 1240px; margin: auto; padding: 1em }
-h2 { margin: 2em 0 .6em; text-transform: capitalize } pre { overflow-x: auto } small, text { color: var(--soft) }
-.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); margin: 1em 0 2em }
-@media (max-width: 600px) { .cards { display: flex; overflow-x: auto } }
-article { flex: 0 0 80%; background: var(--card); border-radius: 6px; padding: .7em; font-size: 13px }
-article p { margin: .4em 0; white-space: pre-wrap } .description { border-left: 3px solid #4c8bc0; padding-left: .5em }
-.hit { color: #4f9d69 } .miss { color: #cc6a5c; text-decoration: line-through } img { width: 96px; border-radius: 4px }
-.question { display: flex; gap: 1em; align-items: center; margin: .5em 0; white-space: pre-line }
-svg { width: 100%; fill: none; stroke: currentColor; stroke-width: 1.4 } text { font-size: 10px }
-.c0 { color: var(--ink) } .c1 { color: #4f9d69 } .c2 { color: #d0813a } .c3 { color: #4c8bc0 } .c4 { color: #9a76b8 }
-.c5 { color: #8a929c } path { color: var(--line) } text { fill: var(--soft); stroke: none }
-</style><h1>PeBR run</h1>"""
-CHARTS = {"Reward and its parts": ["reward", "accuracy", "keyword", "clip", "format", "length"], "KL": ["kl"],
-          "Entropy": ["entropy"], "Tokens of a response": ["length_tokens"], "Loss": ["loss"],
-          "Share of groups tied, of responses truncated": ["tied_groups", "truncated"]}  # fmt: skip
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>PeBR run</title><style>
+:root { color-scheme: light dark; font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+body { max-width: 1240px; margin: auto; padding: 1em; overflow-wrap: anywhere } pre { overflow-x: auto }
+h2 { margin-top: 2em; text-transform: capitalize } p { margin: .4em 0 } small { color: #888 }
+.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)) }
+.charts { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) } img { width: 96px }
+@media (max-width: 600px) { .cards { display: flex; overflow-x: auto } article { flex: 0 0 80% } }
+article { background: #8881; border-radius: 6px; padding: .8em; max-height: 38em; overflow-y: auto }
+.description { border-left: 3px solid #4c8bc0; padding-left: .6em } .named1 { color: #4f9d69 }
+.named0 { color: #cc6a5c; text-decoration: line-through } i { background: #4c8bc0 }
+.question { display: flex; gap: 1em; align-items: center; margin: 1em 0; white-space: pre-line }
+svg { width: 100%; height: 70px; border: solid #8885; border-width: 1px 0; fill: none; stroke: #4c8bc0 }
+polyline { vector-effect: non-scaling-stroke; stroke-width: 1.4 }</style><h1>PeBR run</h1>"""
 
 
 def write_report(run_dir: Path) -> None:
     """run_dir/report.html, anew; what is not there yet is left out."""
-    files = [(evaluation_section, sorted(run_dir.glob("evaluate/*/table.txt")))]
-    files += [(difficulty_section, run_dir.glob("sample/summary.json"))]
-    files += [(training_section, run_dir.glob(f"{stage}/metrics.jsonl")) for stage in ORDER]
     if accelerator.is_main_process:
-        page = "".join(section(path.parent) for section, paths in files for path in paths)
-        write_text(run_dir / "report.html", (PAGE + page).encode("ascii", "xmlcharrefreplace").decode())
-
-
-def shown(text: str) -> str:
-    return html.escape(text.replace(IMAGE_MARK, "").strip()[:5000])
+        page = [PAGE, *map(evaluation_section, sorted(run_dir.glob("evaluate/*/table.txt")))]
+        page += map(difficulty_section, run_dir.glob("sample/summary.json"))
+        page += [training_section(path) for stage in ORDER for path in run_dir.glob(f"{stage}/metrics.jsonl")]
+        write_text(run_dir / "report.html", "".join(page).encode("ascii", "xmlcharrefreplace").decode())
 
 
 @functools.lru_cache(maxsize=8)
-def rows_by_qid(path: str, image_root: str) -> dict[str, Row]:
-    with suppress(DataError):  # no rows, or moved since
-        return {row.qid: replace(row, raw={}) for row in load_rows(path, image_root)[0]}
+def rows_by_qid(path: str | Path, image_root: str) -> dict[str, Row]:
+    with suppress(DataError):  # no rows, or moved
+        return {row.qid: replace(row, raw={}) for row in load_rows(str(path), image_root)[0]}
     return {}
 
 
-def question(row: Row) -> str:
-    file = io.BytesIO()
-    with suppress(DataError, IndexError):  # moved since; no picture
+def gallery(row: Row, heads: list[str] = (), responses: list[str] = ()) -> str:
+    """A question, and responses with the keywords that they name or miss and their sections set apart."""
+    file, cards = io.BytesIO(), ""
+    with suppress(DataError, IndexError):  # moved, or none
         load_image(row.images[0], max_pixels=40_000).save(file, "WEBP")
-    picture = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-    text = f"<div>{shown(row.problem)} <b>{shown(row.answer)}</b></div>"
-    return f'<div class="question"><img alt="" src="{picture}">{text}</div>'
+    picture = f'<img alt="" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    section = lambda match: f'</p><p class="{match.lastgroup}"><small>{match[0].strip("#:. ")}</small>'
+    for head, text in zip(heads, responses):
+        named = [keyword_reward(parse_response(text).description, [word]) for word in row.key_words]
+        words = [f'<span class="named{n:.0f}">{escape(word)}</span>' for n, word in zip(named, row.key_words)]
+        body = HEADING.sub(section, escape(text, quote=False))
+        cards += f"<article>{head}<p>{', '.join(words)}</p><p>{body}</p></article>"
+    problem = f"<div>{escape(row.problem.replace(IMAGE_MARK, ''))} <b>{escape(row.answer)}</b></div>"
+    return f'<div class="question">{picture}{problem}</div><div class="grid cards">{cards}</div>'
 
 
-def response_card(head: str, text: str, row: Row) -> str:
-    """A response, its sections set apart, the keywords that its description names or misses marked."""
-    section = lambda match: f'</p><p class="{match.lastgroup}"><small>{match[0].strip("#:. ")}</small> '
-    body, description = HEADING.sub(section, shown(text)), parse_response(text).description
-    kinds = ["hit" if keyword_reward(description, [word]) else "miss" for word in row.key_words]
-    marks = [f'<span class="{k}">{shown(word)}</span> &ensp;' for k, word in zip(kinds, row.key_words)]
-    return f"<article>{head}<p>{body}</p>{''.join(marks)}</article>"
+def chart(name: str, metrics: list[dict]) -> str:
+    """A metric's last value, and the curve of all of them."""
+    values = [m[name] for m in metrics if isinstance(m.get(name), float)]
+    points = " ".join(f"{i},{-value}" for i, value in enumerate(values))
+    low, high = min([0, *values]), max([1e-9, *values])
+    box = f'viewBox="0 {-high} {len(values) - 1} {high - low}" preserveAspectRatio="none"'
+    svg = f'<svg {box}><polyline points="{points}"/></svg><small>{low:.3g} to {high:.3g}</small>'
+    return f"<div>{name} <b>{values[-1]:.3g}</b>{svg}</div>" if values else ""
 
 
-def chart(title: str, names: list[str], records: list[dict]) -> str:
-    """Metrics over steps, from 0, as means over at most 100 stretches; the legend has the last of them."""
-    series = {
-        name: [(r["step"], r[name]) for r in records if isinstance(r.get(name), float)] for name in names
-    }
-    last, curves, legend = records[-1]["step"], "", ""
-    top = max([y for points in series.values() for _, y in points], default=0) or 1
-    for i, (name, points) in enumerate(series.items()):
-        stretches = in_batches(points, len(points) // 100 + 1)
-        means = [[sum(column) / len(column) for column in zip(*stretch)] for stretch in stretches]
-        line = " ".join(f"{32 + 265 * x / last:.1f},{105 - 97 * y / top:.1f}" for x, y in means)
-        curves += f'<polyline class="c{i}" points="{line}"/>'
-        legend += f'<small class="c{i}">{name} {means[-1][1]:.3g}</small> &ensp;' if means else ""
-    axes = f'<path d="M32 8H297M32 56H297M32 105H297"/><text y="12">{top:.3g}</text><text y="108">0</text>'
-    axes += f'<text x="297" y="120" text-anchor="end">step {last}</text>'
-    return legend and f'<div>{title}<br>{legend}<svg viewBox="0 0 300 124">{axes}{curves}</svg></div>'
-
-
-def training_section(folder: Path) -> str:
+def training_section(path: Path) -> str:
     """Curves; of the last 16 questions, the two whose rollouts differ most in reward."""
-    metrics, path = read_jsonl(folder / "metrics.jsonl"), folder / "samples.jsonl"
-    page = "".join(chart(title, names, metrics) for title, names in CHARTS.items() if metrics)
-    page = f'<h2>{folder.name}</h2><div class="grid">{page}</div>'
-    cfg, samples = json.loads((folder / "settings.json").read_text()), []
-    if path.is_file():
-        with open(path, "rb") as file:
-            file.seek(-min(2**22, path.stat().st_size), os.SEEK_END)
-            samples = [
-                json.loads(line) for line in file.read().split(b"\n")[-1 - 16 * cfg["group_size"] : -1]
-            ]
-    rows = rows_by_qid(cfg["train_data"], cfg["image_root"]) | rows_by_qid(
-        cfg["from_data"], cfg["image_root"]
-    )
-    groups = [group for group in in_batches(samples, cfg["group_size"]) if group[0]["qid"] in rows]
-    spread = lambda group: max(r["reward"] for r in group) - min(r["reward"] for r in group)
-    for group in sorted(groups, key=spread)[-2:]:
-        row, cards = rows[group[0]["qid"]], ""
-        for r in sorted(group, key=lambda r: -r["reward"]):
-            parts = ", ".join(f"{shown(name)} {value:.2f}" for name, value in r["parts"].items())
-            head = (
-                f"<b>{r['advantage']:+.2f}</b> advantage, {r['reward']:.3f} reward<br><small>{parts}</small>"
-            )
-            cards += response_card(head, r["completion"], row)
-        page += f'{question(row)}<div class="grid cards">{cards}</div>'
+    metrics, cfg = read_jsonl(path), json.loads(path.with_name("settings.json").read_text())
+    charts = [chart(name, metrics) for name in (*SHOWN, "tied_groups", "truncated")]
+    page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid charts">{"".join(charts)}</div>'
+    root, size = cfg["image_root"], cfg["group_size"]
+    rows = rows_by_qid(cfg["train_data"], root) | rows_by_qid(cfg["from_data"], root)
+    samples = read_jsonl(path.with_name("samples.jsonl"), tail=2**22)[-16 * size :]
+    groups = [sorted(g, key=lambda r: -r["reward"]) for g in in_batches(samples, size) if g[0]["qid"] in rows]
+    parts = lambda r: ", ".join(f"{name} {value:.2f}" for name, value in r["parts"].items())
+    head = lambda r: f"advantage <b>{r['advantage']:+.2f}</b>, reward {r['reward']:.2f}<p>{parts(r)}</p>"
+    for group in sorted(groups, key=lambda g: g[-1]["reward"] - g[0]["reward"])[:2]:
+        page += gallery(rows[group[0]["qid"]], map(head, group), [r["completion"] for r in group])
     return page
 
 
-def difficulty_section(folder: Path) -> str:
-    summary, page = json.loads((folder / "summary.json").read_text()), ""
+def difficulty_section(path: Path) -> str:
+    summary, pictures = json.loads(path.read_text()), ""
     for name in ("hard", "medium", "easy"):
-        rows = rows_by_qid(str(folder / f"{name}.json"), str(folder / summary["image_root"]))
-        page += f"<div>{summary[name]} {name}{''.join(map(question, list(rows.values())[:3]))}</div>"
-    most = max(summary["right of n"].values())
-    bars = [
-        f"{k:>2} {count:>7}  {'█' * round(20 * count / most)}" for k, count in summary["right of n"].items()
-    ]
-    bars = "right questions\n" + "\n".join(bars)
-    return f'<h2>Difficulty</h2><div class="grid"><pre>{bars}</pre>{page}</div>'
+        rows = rows_by_qid(path.with_name(f"{name}.json"), str(path.parent / summary["image_root"]))
+        pictures += f"<div>{summary[name]} {name}{''.join(map(gallery, list(rows.values())[:3]))}</div>"
+    bar = lambda count: f"{count:>6} <i>{' ' * (14 * count // max(summary['right of n'].values()))}</i>"
+    bars = "".join(f"{k:>2} right {bar(count)}\n" for k, count in summary["right of n"].items())
+    return f'<h2>Difficulty</h2><div class="grid"><pre>{bars}</pre>{pictures}</div>'
 
 
-def evaluation_section(folder: Path) -> str:
-    """The table, what changed from model to model, and the three questions on which the last three differ most."""
-    table, settings = (folder / "table.txt").read_text(), json.loads((folder / "settings.json").read_text())
-    models = [path.parent.name for path in folder.glob("*/scores.json")]
-    models.sort(key=lambda model: ORDER.index(model) if model in ORDER else -1)
-    answers = [
-        {r["qid"]: r for r in read_jsonl(folder / model / "predictions_greedy.jsonl")} for model in models
-    ]
+def evaluation_section(path: Path) -> str:
+    """The table; the three questions on which the last three models differ most in keywords and verdict."""
+    made, cfg = [json.loads((folder / "settings.json").read_text()) for folder in path.parents[:2]]
+    rows, table = rows_by_qid(made["data"], cfg["image_root"]), path.read_text()
+    models = dict.fromkeys(line.split("  ")[0] for line in table.splitlines()[1:-1])
+    answers = zip(*[read_jsonl(path.with_name(model) / "predictions_greedy.jsonl") for model in models])
     grade = lambda record: (record["parts"][0].get("keyword", 0), record["verdicts"][0])
-    grades = {qid: [grade(a[qid]) for a in answers] for qid in answers[0] if all(qid in a for a in answers)}
-    for i, (old, new) in enumerate(itertools.pairwise(models)):
-        moves = Counter(
-            (name, b > a, b < a) for g in grades.values() for name, a, b in zip("kr", g[i], g[i + 1])
-        )
-        more, fewer, won, lost = (
-            moves[move] for name in "kr" for move in ((name, True, False), (name, False, True))
-        )
-        table += f"\n{old} -> {new}, greedy: keywords gained on {more}, lost on {fewer}; answers gained {won}, lost {lost}"
-    page = f"<h2>Evaluation</h2><pre>{shown(table)}</pre>"
-    root = json.loads((folder.parent / "settings.json").read_text())["image_root"]
-    rows = rows_by_qid(settings["data"], root) if len(models) > 1 else {}
-    spread = lambda qid: sum(max(values) - min(values) for values in zip(*grades[qid][-3:]))
-    for qid in sorted(grades.keys() & rows.keys(), key=spread)[-3:]:
-        page += question(rows[qid]) + '<div class="grid cards">'
-        for model, saved in zip(models, answers):
-            keyword, right = grade(saved[qid])
-            head = f"<b>{shown(model)}</b>, {'right' if right else 'wrong'}, keywords {keyword:.2f}"
-            page += response_card(head, saved[qid]["responses"][0], rows[qid])
-        page += "</div>"
+    spread = lambda records: sum(max(g) - min(g) for g in zip(*map(grade, records[-3:])))
+    page = f"<h2>Evaluation</h2><pre>{escape(table)}</pre>"
+    for records in sorted((each for each in answers if each[0]["qid"] in rows), key=spread)[-3:]:
+        heads = [
+            f"<b>{escape(m)}</b>, {['wrong', 'right'][r['verdicts'][0]]}" for m, r in zip(models, records)
+        ]
+        page += gallery(rows[records[0]["qid"]], heads, [r["responses"][0] for r in records])
     return page
 
 
