@@ -1233,24 +1233,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Report: a page of what the stages have left. Models and data wrote most of it, so all text of theirs is
-# escaped and stands between tags, and the page may neither run nor load anything.
+# Report. All text of models and data is escaped and between tags; the page can neither run nor load anything.
 
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>PeBR run</title><style>
 :root { color-scheme: light dark; font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
 body { max-width: 1240px; margin: auto; padding: 1em; overflow-wrap: anywhere } pre { overflow-x: auto }
-h2 { margin-top: 2em; text-transform: capitalize } p { margin: .4em 0 } small { color: #888 }
 .grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)) }
-.charts { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) } img { width: 96px }
+.charts { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) } h2 { text-transform: capitalize }
 @media (max-width: 600px) { .cards { display: flex; overflow-x: auto } article { flex: 0 0 80% } }
 article { background: #8881; border-radius: 6px; padding: .8em; max-height: 38em; overflow-y: auto }
-.description { border-left: 3px solid #4c8bc0; padding-left: .6em } .named1 { color: #4f9d69 }
-.named0 { color: #cc6a5c; text-decoration: line-through } i { background: #4c8bc0 }
+.description { border-left: 3px solid #4c8bc0; padding-left: .6em } img { width: 96px } p { margin: .4em 0 }
+.k0 { color: #cc6a5c; text-decoration: line-through } .k1 { color: #4f9d69 } i { background: #4c8bc0 }
 .question { display: flex; gap: 1em; align-items: center; margin: 1em 0; white-space: pre-line }
 svg { width: 100%; height: 70px; border: solid #8885; border-width: 1px 0; fill: none; stroke: #4c8bc0 }
-polyline { vector-effect: non-scaling-stroke; stroke-width: 1.4 }</style><h1>PeBR run</h1>"""
+polyline { vector-effect: non-scaling-stroke } small { color: #888 }</style><h1>PeBR run</h1>"""
 
 
 def write_report(run_dir: Path) -> None:
@@ -1277,19 +1275,17 @@ def gallery(row: Row, heads: list[str] = (), responses: list[str] = ()) -> str:
     picture = f'<img alt="" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
     section = lambda match: f'</p><p class="{match.lastgroup}"><small>{match[0].strip("#:. ")}</small>'
     for head, text in zip(heads, responses):
-        named = [keyword_reward(parse_response(text).description, [word]) for word in row.key_words]
-        words = [f'<span class="named{n:.0f}">{escape(word)}</span>' for n, word in zip(named, row.key_words)]
-        body = HEADING.sub(section, escape(text, quote=False))
+        said, body = parse_response(text).description, HEADING.sub(section, escape(text, quote=False))
+        words = [f'<span class="k{keyword_reward(said, [w]):.0f}">{escape(w)}</span>' for w in row.key_words]
         cards += f"<article>{head}<p>{', '.join(words)}</p><p>{body}</p></article>"
     problem = f"<div>{escape(row.problem.replace(IMAGE_MARK, ''))} <b>{escape(row.answer)}</b></div>"
     return f'<div class="question">{picture}{problem}</div><div class="grid cards">{cards}</div>'
 
 
 def chart(name: str, metrics: list[dict]) -> str:
-    """A metric's last value, and the curve of all of them."""
     values = [m[name] for m in metrics if isinstance(m.get(name), float)]
     points = " ".join(f"{i},{-value}" for i, value in enumerate(values))
-    low, high = min([0, *values]), max([1e-9, *values])
+    low, high = min([0, *values]), max([0, *values]) or 1
     box = f'viewBox="0 {-high} {len(values) - 1} {high - low}" preserveAspectRatio="none"'
     svg = f'<svg {box}><polyline points="{points}"/></svg><small>{low:.3g} to {high:.3g}</small>'
     return f"<div>{name} <b>{values[-1]:.3g}</b>{svg}</div>" if values else ""
@@ -1305,7 +1301,7 @@ def training_section(path: Path) -> str:
     samples = read_jsonl(path.with_name("samples.jsonl"), tail=2**22)[-16 * size :]
     groups = [sorted(g, key=lambda r: -r["reward"]) for g in in_batches(samples, size) if g[0]["qid"] in rows]
     parts = lambda r: ", ".join(f"{name} {value:.2f}" for name, value in r["parts"].items())
-    head = lambda r: f"advantage <b>{r['advantage']:+.2f}</b>, reward {r['reward']:.2f}<p>{parts(r)}</p>"
+    head = lambda r: f"advantage {r['advantage']:+.2f}, reward {r['reward']:.2f}<br><small>{parts(r)}</small>"
     for group in sorted(groups, key=lambda g: g[-1]["reward"] - g[0]["reward"])[:2]:
         page += gallery(rows[group[0]["qid"]], map(head, group), [r["completion"] for r in group])
     return page
@@ -1331,9 +1327,7 @@ def evaluation_section(path: Path) -> str:
     spread = lambda records: sum(max(g) - min(g) for g in zip(*map(grade, records[-3:])))
     page = f"<h2>Evaluation</h2><pre>{escape(table)}</pre>"
     for records in sorted((each for each in answers if each[0]["qid"] in rows), key=spread)[-3:]:
-        heads = [
-            f"<b>{escape(m)}</b>, {['wrong', 'right'][r['verdicts'][0]]}" for m, r in zip(models, records)
-        ]
+        heads = [f"<b>{escape(m)}</b> {'right' if grade(r)[1] else 'wrong'}" for m, r in zip(models, records)]
         page += gallery(rows[records[0]["qid"]], heads, [r["responses"][0] for r in records])
     return page
 
