@@ -1298,7 +1298,7 @@ def training_section(path: Path) -> str:
     page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid charts">{"".join(charts)}</div>'
     root, size = cfg["image_root"], cfg["group_size"]
     rows = rows_by_qid(cfg["train_data"], root) | rows_by_qid(cfg["from_data"], root)
-    samples = read_jsonl(path.with_name("samples.jsonl"), tail=2**22)[-16 * size :]
+    samples = read_jsonl(path.with_name("samples.jsonl"), tail=2**20)[::-1][: 16 * size]
     groups = [sorted(g, key=lambda r: -r["reward"]) for g in in_batches(samples, size) if g[0]["qid"] in rows]
     parts = lambda r: ", ".join(f"{name} {value:.2f}" for name, value in r["parts"].items())
     head = lambda r: f"advantage {r['advantage']:+.2f}, reward {r['reward']:.2f}<br><small>{parts(r)}</small>"
