@@ -406,7 +406,8 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     if done.exists():
         old = json.loads(done.read_text())
         if (old["seed"], old["asks_shapes"]) != (seed, toy.asks_shapes):
-            raise DataError(f"{folder} was made with --seed {old['seed']}: use another --run_dir")
+            made = f"--seed {old['seed']} --toy_shapes {old['asks_shapes']}"
+            raise DataError(f"{folder} was made with {made}: use another --run_dir")
         return
     print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
@@ -522,7 +523,9 @@ def toy_response(asked: ToyQuestion, teacher: ToyConfig) -> str:
     )
 
 
-WORDS = "user assistant system none that makes count the leave out rest There are objects . , ? at How many is "
+WORDS = (
+    "user assistant system none that makes count the leave out rest There are objects . , ? at How many is "
+)
 WORDS += "Subtract all left cost coins others circles squares triangles "
 WORDS += " ".join(COLOR_NAMES + SHAPES + PLACES)
 TOKENS = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]

@@ -35,13 +35,16 @@ rollouts come from a slightly narrower distribution than the one that is scored.
 """
 
 import argparse
+import base64
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 import fcntl
 import functools
+from html import escape
+import io
 import itertools
 import json
 import logging
@@ -75,9 +78,10 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from data import IMAGE_MARK, INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages
-from data import filter_warmup_rows, has_instruction, load_image, load_rows, write_tsv_predictions
-from rewards import STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, score_parts, score_predictions
-from rewards import total_reward
+from data import filter_warmup_rows, has_instruction, load_image, load_rows, open_picture
+from data import write_tsv_predictions
+from rewards import HEADING, STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, keyword_reward
+from rewards import parse_response, score_parts, score_predictions, total_reward
 
 # ------------------------------------------------------------------------------------------------------------
 # Config: the paper's settings, what a stage changes, what the toy changes. Flags are made from the fields.
@@ -1148,6 +1152,9 @@ def mean_of(dicts: list[dict]) -> dict[str, float]:
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
+SHOWN = ("reward", "clip", "keyword", "accuracy", "format", "length_tokens", "kl", "entropy", "loss")
+
+
 class StepLog:
     """A training stage's position, clock, progress bar, log files and checkpoints."""
 
@@ -1179,12 +1186,13 @@ class StepLog:
         timing |= {"tokens_per_s": round(speed, 1), "peak_gib": round(peak / 2**30, 2)}
         for name, lines in (("metrics", [metrics]), ("timing", [timing]), ("samples", records)):
             append_jsonl(self.folder / f"{name}.jsonl", [{"step": self.step, **line} for line in lines])
-        shown = ("reward", "clip", "keyword", "accuracy", "length_tokens", "kl", "entropy", "loss")
-        self.bar.set_postfix({name: metrics[name] for name in shown if name in metrics}, refresh=False)
+        self.bar.set_postfix({name: metrics[name] for name in SHOWN if name in metrics}, refresh=False)
         self.bar.update()
         due = time.monotonic() - self.saved >= 60 * self.cfg.checkpoint_minutes
         if everywhere(due and accelerator.is_main_process) and self.step < self.total:
             self.save_checkpoint()
+        if self.step % 10 == 0:
+            write_report(self.folder.parent)
         self.step, self.clock = self.step + 1, time.perf_counter()
 
     def save_checkpoint(self) -> None:
@@ -1211,10 +1219,13 @@ def save_policy(policy: Policy, model, folder: Path) -> None:
         policy.processor.save_pretrained(folder)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a file that may end in a torn one; like what follows, on the main process only."""
-    whole = accelerator.is_main_process and path.is_file()
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if whole else []
+def read_jsonl(path: Path, tail: int = sys.maxsize) -> list[dict]:
+    """Whole lines of a file's last bytes, which may end in a torn one. Here and below: main process only."""
+    if not (accelerator.is_main_process and path.is_file()):
+        return []
+    with open(path, "rb") as file:
+        start = file.seek(max(0, path.stat().st_size - tail))
+        return [json.loads(line) for line in file.read().split(b"\n")[start > 0 : -1]]
 
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
@@ -1233,6 +1244,112 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".tmp").write_text(text)
         path.with_name(path.name + ".tmp").replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Report. All text of models and data is escaped and between tags; the page can neither run nor load anything.
+
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>PeBR run</title><style>
+:root { color-scheme: light dark; font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+body { max-width: 1240px; margin: auto; padding: 1em; overflow-wrap: anywhere } pre { overflow-x: auto }
+.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)) }
+.charts { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) } h2 { text-transform: capitalize }
+@media (max-width: 600px) { .cards { display: flex; overflow-x: auto } article { flex: 0 0 80% } }
+article { background: #8881; border-radius: 6px; padding: .8em; max-height: 38em; overflow-y: auto }
+.description { border-left: 3px solid #4c8bc0; padding-left: .6em } img { width: 96px } p { margin: .4em 0 }
+.k0 { color: #cc6a5c; text-decoration: line-through } .k1 { color: #4f9d69 } i { background: #4c8bc0 }
+.question { display: flex; gap: 1em; align-items: center; margin: 1em 0; white-space: pre-line }
+svg { width: 100%; height: 70px; border: solid #8885; border-width: 1px 0; fill: none; stroke: #4c8bc0 }
+polyline { vector-effect: non-scaling-stroke } small { color: #888 }</style><h1>PeBR run</h1>"""
+
+
+def write_report(run_dir: Path) -> None:
+    """run_dir/report.html, anew; what is not there yet is left out."""
+    if accelerator.is_main_process:
+        page = [PAGE, *map(evaluation_section, sorted(run_dir.glob("evaluate/*/table.txt")))]
+        page += map(difficulty_section, run_dir.glob("sample/summary.json"))
+        page += [
+            training_section(path)
+            for stage in (*ORDER, *ARMS)
+            for path in run_dir.glob(f"{stage}/metrics.jsonl")
+        ]
+        write_text(run_dir / "report.html", "".join(page).encode("ascii", "xmlcharrefreplace").decode())
+
+
+@functools.lru_cache(maxsize=8)
+def rows_by_qid(path: str | Path, image_root: str) -> dict[str, Row]:
+    with suppress(DataError):  # no rows, or moved
+        return {row.qid: replace(row, raw={}) for row in load_rows(str(path), image_root)[0]}
+    return {}
+
+
+def gallery(row: Row, heads: list[str] = (), responses: list[str] = ()) -> str:
+    """A question, and responses with the keywords that they name or miss and their sections set apart."""
+    file, cards = io.BytesIO(), ""
+    with suppress(DataError, IndexError):  # moved, or none
+        thumbnail = open_picture(row.images[0])
+        thumbnail.thumbnail((200, 200))
+        thumbnail.save(file, "WEBP")
+    picture = f'<img alt="" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    section = lambda match: f'</p><p class="{match.lastgroup}"><small>{match[0].strip("#:. ")}</small>'
+    for head, text in zip(heads, responses):
+        said, body = parse_response(text).description, HEADING.sub(section, escape(text, quote=False))
+        words = [f'<span class="k{keyword_reward(said, [w]):.0f}">{escape(w)}</span>' for w in row.key_words]
+        cards += f"<article>{head}<p>{', '.join(words)}</p><p>{body}</p></article>"
+    problem = f"<div>{escape(row.problem.replace(IMAGE_MARK, ''))} <b>{escape(row.answer)}</b></div>"
+    return f'<div class="question">{picture}{problem}</div><div class="grid cards">{cards}</div>'
+
+
+def chart(name: str, metrics: list[dict]) -> str:
+    values = [m[name] for m in metrics if isinstance(m.get(name), float)]
+    points = " ".join(f"{i},{-value}" for i, value in enumerate(values))
+    low, high = min([0, *values]), max([0, *values]) or 1
+    box = f'viewBox="0 {-high} {len(values) - 1} {high - low}" preserveAspectRatio="none"'
+    svg = f'<svg {box}><polyline points="{points}"/></svg><small>{low:.3g} to {high:.3g}</small>'
+    return f"<div>{name} <b>{values[-1]:.3g}</b>{svg}</div>" if values else ""
+
+
+def training_section(path: Path) -> str:
+    """Curves; of the last 16 questions, the two whose rollouts differ most in reward."""
+    metrics, cfg = read_jsonl(path), json.loads(path.with_name("settings.json").read_text())
+    charts = [chart(name, metrics) for name in (*SHOWN, "tied_groups", "truncated")]
+    page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid charts">{"".join(charts)}</div>'
+    root, size = cfg["image_root"], cfg["group_size"]
+    rows = rows_by_qid(cfg["train_data"], root) | rows_by_qid(cfg["from_data"], root)
+    samples = read_jsonl(path.with_name("samples.jsonl"), tail=2**20)[::-1][: 16 * size]
+    groups = [sorted(g, key=lambda r: -r["reward"]) for g in in_batches(samples, size) if g[0]["qid"] in rows]
+    parts = lambda r: ", ".join(f"{name} {value:.2f}" for name, value in r["parts"].items())
+    head = lambda r: f"advantage {r['advantage']:+.2f}, reward {r['reward']:.2f}<br><small>{parts(r)}</small>"
+    for group in sorted(groups, key=lambda g: g[-1]["reward"] - g[0]["reward"])[:2]:
+        page += gallery(rows[group[0]["qid"]], map(head, group), [r["completion"] for r in group])
+    return page
+
+
+def difficulty_section(path: Path) -> str:
+    summary, pictures = json.loads(path.read_text()), ""
+    for name in ("hard", "medium", "easy"):
+        rows = rows_by_qid(path.with_name(f"{name}.json"), str(path.parent / summary["image_root"]))
+        pictures += f"<div>{summary[name]} {name}{''.join(map(gallery, list(rows.values())[:3]))}</div>"
+    bar = lambda count: f"{count:>6} <i>{' ' * (14 * count // max(summary['right of n'].values()))}</i>"
+    bars = "".join(f"{k:>2} right {bar(count)}\n" for k, count in summary["right of n"].items())
+    return f'<h2>Difficulty</h2><div class="grid"><pre>{bars}</pre>{pictures}</div>'
+
+
+def evaluation_section(path: Path) -> str:
+    """The table; the three questions on which the last three models differ most in keywords and verdict."""
+    made, cfg = [json.loads((folder / "settings.json").read_text()) for folder in path.parents[:2]]
+    rows, table = rows_by_qid(made["from_data"], cfg["image_root"]), path.read_text()
+    models = dict.fromkeys(line.split("  ")[0] for line in table.splitlines()[1:-1])
+    answers = zip(*[read_jsonl(path.with_name(model) / "predictions_greedy.jsonl") for model in models])
+    grade = lambda record: (record["parts"][0].get("keyword", 0), record["verdicts"][0])
+    spread = lambda records: sum(max(g) - min(g) for g in zip(*map(grade, records[-3:])))
+    page = f"<h2>Evaluation</h2><pre>{escape(table)}</pre>"
+    for records in sorted((each for each in answers if each[0]["qid"] in rows), key=spread)[-3:]:
+        heads = [f"<b>{escape(m)}</b> {'right' if grade(r)[1] else 'wrong'}" for m, r in zip(models, records)]
+        page += gallery(rows[records[0]["qid"]], heads, [r["responses"][0] for r in records])
+    return page
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1266,7 +1383,7 @@ def ablation(flags: dict) -> None:
 
 
 def held_out(run_dir: Path, model: str) -> dict[str, float]:
-    """A model's accuracy and keyword recall on the held-out questions, and its greedy accuracy by category."""
+    """A model's accuracy and keyword recall on the held-out questions; greedy accuracy by category."""
     [path] = run_dir.glob(f"evaluate/*/{model}/scores.json")
     scores, found = json.loads(path.read_text()), {}
     for mode in scores:
@@ -1310,9 +1427,10 @@ def gap_panels(scores: dict[str, dict]) -> dict[str, dict]:
     return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
 
 
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 270" font-family="sans-serif" font-size="12">
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 270" font-size="12">
 <style>svg {{ color: #24292f; fill: currentColor }} polyline {{ fill: none; stroke-width: 2 }}
-path {{ stroke: currentColor; opacity: .2 }} @media (prefers-color-scheme: dark) {{ svg {{ color: #d0d7de }} }}
+svg {{ font-family: sans-serif }} path {{ stroke: currentColor; opacity: .2 }}
+@media (prefers-color-scheme: dark) {{ svg {{ color: #d0d7de }} }}
 </style>{}</svg>"""
 
 
@@ -1373,6 +1491,7 @@ def run_stage(cfg: Config) -> None:
     if accelerator.is_main_process:
         for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
             shutil.rmtree(path, ignore_errors=True)
+    write_report(folder.parent)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -1453,6 +1572,7 @@ def run_stages(names: list[str], flags: dict) -> None:
     accelerator.wait_for_everyone()
     for each in todo:
         run_stage(each)
+    accelerator.print(f"\n{folder / 'report.html'} shows the run")
 
 
 def parse_flags(argv: list[str]) -> dict:

@@ -1,17 +1,18 @@
 """What is true of PeBR. Run with: python -m pytest -q
 
-Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2.5-VL folder, a tiny open_clip folder) and
-a second data set that is not the toy. No network, no GPU, deterministic. Measurements: python test_pebr.py NAME.
+Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2.5-VL folder, a tiny open_clip
+folder) and a second data set that is not the toy. No network, no GPU, deterministic. Measurements:
+python test_pebr.py NAME.
 """
 
 import base64
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 import copy
 import csv
 from dataclasses import replace
 import gc
+from html.parser import HTMLParser
 import importlib
 import io
 import itertools
@@ -20,7 +21,6 @@ import math
 import multiprocessing
 import os
 from pathlib import Path
-
 import random
 import re
 import resource
@@ -43,6 +43,7 @@ from torch.distributed.utils import _to_kwargs  # what DDP and FSDP2 do to the i
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+import transformers as hf
 
 import data
 from data import DataError, Row
@@ -51,17 +52,8 @@ from pebr import Config, ConfigError, Rollout
 import rewards
 
 torch.set_num_threads(1)
-TINY = data.ToyConfig(
-    sft_rows=16,
-    rl_rows=8,
-    dear_rows=0,
-    test_rows=6,
-    hidden=64,
-    text_layers=2,
-    vision_layers=1,
-    clip_steps=2,
-    clip_batch=8,
-)
+FEW = dict(sft_rows=16, rl_rows=8, test_rows=6)
+TINY = data.ToyConfig(**FEW, hidden=64, text_layers=2, vision_layers=1, clip_steps=2, clip_batch=8)
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +88,10 @@ def picture(path, size=(56, 56), color=(200, 30, 30)):
     return str(path)
 
 
-def prompts_of(
-    policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=("red", "How many red objects are there ?")
-):
+QUESTIONS = ("red", "How many red objects are there ?")
+
+
+def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=QUESTIONS):
     """One prompt per size (None: no picture), with questions of different lengths."""
     prompts = []
     for i, size in enumerate(sizes):
@@ -112,9 +105,8 @@ def rollouts_of(prompts, lengths):
     """Rollouts of random tokens, prompts in turn."""
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(10, 60, (n,), generator=generator) for n in lengths]
-    return [
-        Rollout(prompts[i % len(prompts)], t, "", False, torch.zeros(len(t))) for i, t in enumerate(tokens)
-    ]
+    prompts = itertools.cycle(prompts)
+    return [Rollout(prompt, t, "", False, torch.zeros(len(t))) for prompt, t in zip(prompts, tokens)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,74 +115,50 @@ def rollouts_of(prompts, lengths):
 GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's think step by step.
 ### Step 1: One, two. ### Step 2: So two. ### The final answer is: 2"""
 SEEN = "Two red dots."
+# fmt: off
+SECTIONS = [
+    (GOOD, SEEN, "2", True),
+    (GOOD.upper(), SEEN.upper(), "2", True),  # any case
+    (GOOD.replace("Let's", "Let’s").replace(" ### Rationales", "\n\n###Rationales"), SEEN, "2", True),
+    (GOOD.replace("is: 2", "is:\n\n  **2**\n"), SEEN, "**2**", True),  # on a later line
+    ("Sure! " + GOOD, SEEN, "2", False),  # text before the first section
+    (GOOD.replace("### Rationales: Count. ", ""), SEEN, "2", False),  # section missing
+    (GOOD.replace("Count. ", ""), SEEN, "2", False),  # section empty
+    (GOOD.replace("Step 2", "Step 3"), SEEN, "2", False),  # steps out of order
+    (GOOD + " ### The final answer is: 3", SEEN, "3", False),  # two answers: the last counts
+    (GOOD + "\n### Image Description: A cat.", SEEN, "2", False),  # two descriptions: the first counts
+    (GOOD.replace("One, two.", "One. ### The final answer is: 5"), SEEN, "2", False),  # hidden in a step
+    (GOOD.replace("is: 2", "is: ### The final answer is: 2"), SEEN, "2", False),  # an empty one before
+    (GOOD.replace("### The final answer is", "The final answer is"), SEEN, "", False),  # no heading
+    (GOOD.replace("is: 2", "is:"), SEEN, "", False),  # truncated before the answer's first token
+    (GOOD + "\nI hope this helps.", SEEN, "2", False),  # the answer section holds only the result
+    (GOOD.split("### Rationales")[0], "", "", False),  # truncated in the description: none
+    ("7", "", "", False),  # no section, no reward
+]
+KEYWORDS = [
+    ("a category", ["cat"], 0), ("13 dots at 3.5 cm", ["3"], 0),  # part of a word, of a number
+    ("there are 3.", ["3"], 1),  # a full stop is no decimal point
+    ("A RED\n circle", ["red circle"], 1), ("a red square and a circle", ["red circle"], 0),  # a phrase
+    ("as it is", ["A", "I"], 0), ("the angle at A", ["A", "B"], 0.5),  # a point is no article or pronoun
+    ("The X-axis and A dog", ["x-axis", "a dog"], 1), ("X-axis", ["x"], 0),  # one letter keeps its case
+    ("red circles, a bus, some cherries, a dog", ["red circle", "buses", "cherry", "dogs"], 1),  # plurals
+    ("buses, a cherry and dogs", ["bus", "cherries", "dog"], 1), ("a princess", ["princes"], 0),
+    ("a cat and a dog", ["cat", "dog", "cow", "hen"], 0.5), ("", ["cat"], 0),  # share
+    ("c++ (2)", ["c++", "(2)"], 1),  # keywords are text, not patterns
+    ("three dots, 5 lines", ["3", "five lines"], 1), ("the one on the left", ["1"], 0),  # a pronoun
+    ("1,000 people, 3.0 m", ["1000", "3"], 1), ("a 3cm line", ["3", "3 cm"], 1),  # numbers, units
+    ("a line of 3 cm", ["3cm"], 1), ("13cm and 3.5cm", ["3 cm", "3"], 0),
+    ("30% and 40 percent", ["30 percent", "40%", "0%"], 2 / 3), ("三角形在左边", ["三角形"], 1),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize(
-    "text, description, answer, well_formed",
-    [
-        (GOOD, SEEN, "2", True),
-        (GOOD.upper(), SEEN.upper(), "2", True),  # any case
-        (GOOD.replace("Let's", "Let’s"), SEEN, "2", True),  # curly apostrophe
-        (GOOD.replace(" ### Rationales", "\n\n###Rationales"), SEEN, "2", True),  # white space
-        (GOOD.replace("is: 2", "is:\n\n  **2**\n"), SEEN, "**2**", True),  # on a later line
-        ("Sure! " + GOOD, SEEN, "2", False),  # text before the first section
-        (GOOD.replace("### Rationales: Count. ", ""), SEEN, "2", False),  # section missing
-        (GOOD.replace("Count. ", ""), SEEN, "2", False),  # section empty
-        (GOOD.replace("Step 2", "Step 3"), SEEN, "2", False),  # steps out of order
-        (GOOD + " ### The final answer is: 3", SEEN, "3", False),  # two answers: the last counts
-        (GOOD + "\n### Image Description: A cat.", SEEN, "2", False),  # two descriptions: the first counts
-        (GOOD + "\n" + GOOD.replace("is: 2", "is: 3"), SEEN, "3", False),  # a second set of headings
-        (GOOD.replace("One, two.", "One. ### The final answer is: 5"), SEEN, "2", False),  # hidden in a step
-        (GOOD.replace("is: 2", "is: ### The final answer is: 2"), SEEN, "2", False),  # an empty one before
-        (GOOD.replace("### The final answer is", "The final answer is"), SEEN, "", False),  # no heading
-        (GOOD.replace("is: 2", "is:"), SEEN, "", False),  # truncated before the answer's first token
-        (GOOD + "\nI hope this helps.", SEEN, "2", False),  # the answer section holds only the result
-        (GOOD.split("### Rationales")[0], "", "", False),  # truncated in the description: none
-        (GOOD.split("### The final")[0], SEEN, "", False),  # truncated before the answer
-        ("7", "", "", False),  # no section, no reward
-        ("", "", "", False),
-    ],
-)
+@pytest.mark.parametrize("text, description, answer, well_formed", SECTIONS)
 def test_sections_are_parsed_once_and_in_order(text, description, answer, well_formed):
     assert rewards.parse_response(text) == rewards.Response(description, answer, well_formed)
 
 
-@pytest.mark.parametrize(
-    "description, key_words, reward",
-    [
-        ("a category", ["cat"], 0),  # part of a word
-        ("13 dots at 3.5 cm", ["3"], 0),  # part of a number
-        ("there are 3.", ["3"], 1),  # a full stop is no decimal point
-        ("A RED\n circle", ["red circle"], 1),  # any case, any white space
-        ("a red square and a circle", ["red circle"], 0),  # a phrase stays together
-        ("as it is", ["A", "I"], 0),  # a point in geometry is no article, verb or plural
-        ("the angle at A", ["A", "B"], 0.5),
-        ("The X-axis and A dog", ["x-axis", "a dog"], 1),  # only a keyword of one letter keeps its case
-        ("X-axis", ["x"], 0),
-        (
-            "red circles, a bus, some cherries and a dog",
-            ["red circle", "buses", "cherry", "dogs"],
-            1,
-        ),  # plural
-        ("buses, a cherry and dogs", ["bus", "cherries", "dog"], 1),  # the other way round
-        ("a princess", ["princes"], 0),
-        ("a cat and a dog", ["cat", "dog", "cow", "hen"], 0.5),  # share
-        ("c++ (2)", ["c++", "(2)"], 1),  # keywords are text, not patterns
-        ("", ["cat"], 0),
-        (
-            "three dots, 5 lines",
-            ["3", "five lines"],
-            1,
-        ),  # a number is met by its word, and the other way round
-        ("the one on the left", ["1"], 0),  # "one" is mostly a pronoun
-        ("1,000 people, 3.0 m", ["1000", "3"], 1),  # numbers as numbers
-        ("a 3cm line", ["3", "3 cm"], 1),  # a unit may stand close to its number or apart
-        ("a line of 3 cm", ["3cm"], 1),
-        ("13cm and 3.5cm", ["3 cm", "3"], 0),
-        ("30% and 40 percent", ["30 percent", "40%", "0%"], 2 / 3),
-        ("三角形在左边", ["三角形"], 1),  # no white space between words
-    ],
-)
+@pytest.mark.parametrize("description, key_words, reward", KEYWORDS)
 def test_keyword_reward_is_the_share_of_whole_words_named(description, key_words, reward):
     assert rewards.keyword_reward(description, key_words) == reward
 
@@ -204,124 +172,110 @@ def test_parts_that_do_not_apply_are_left_out_and_length_pays_up_to_512_tokens(t
     [cosine] = scorer.cosines([[image]], [SEEN])
     # the CLIP reward: from -1 to 2 is a scale of 3
     expected = {"accuracy": 0, "format": 1, "length": 0.5, "cosine": cosine, "clip": (cosine + 1) / 3}
-    assert wordless == pytest.approx(expected) and scorer.rewards([[image]], [SEEN]) == [wordless["clip"]]
-    assert [part["length"] for part in rewards.score_parts(rows, [[], []], ["", ""], [1, 2048], None)] == [
-        1,
-        0.25,
-    ]
+    assert wordless == pytest.approx(expected)
     assert [scorer.scaled(cosine) for cosine in (-2, 3)] == [0, 1]  # clamped
 
 
 def test_stage_rewards_have_the_papers_weights_and_a_missing_part_is_an_error():
     parts = {"clip": 0.5, "keyword": 0.25, "format": 1.0, "length": 1.0, "accuracy": 1.0, "cosine": 9.0}
     # 0.4 * 0.5 + 0.4 * 0.25 + 0.1 + 0.1 = 0.5;   0.9 * 1 + 0.1 * 1 = 1
-    perception, reasoning = rewards.STAGE_REWARDS["perception"], rewards.STAGE_REWARDS["reasoning"]
-    assert rewards.total_reward(parts, perception, "row 1") == pytest.approx(0.5)
-    assert rewards.total_reward(parts, reasoning, "row 1") == pytest.approx(1.0)
+    for stage, total in (("perception", 0.5), ("reasoning", 1.0)):
+        assert rewards.total_reward(parts, rewards.STAGE_REWARDS[stage], "row 1") == pytest.approx(total)
     for broken in ({"keyword": 1.0}, {**parts, "clip": math.nan}, {**parts, "clip": math.inf}):
-        with pytest.raises(
-            ValueError, match="a.json row 7: the reward 'clip' is missing or not a finite number"
-        ):
-            rewards.total_reward(broken, perception, "a.json row 7")
+        with pytest.raises(ValueError, match="a.json row 7: the reward 'clip' is missing or not a finite"):
+            rewards.total_reward(broken, rewards.STAGE_REWARDS["perception"], "a.json row 7")
 
 
 # Clear pairs of answer and gold (and choices), with a person's verdict
 # fmt: off
+DEGREES = ["135°", "140°", "145°", "150°"]
 SAME = [
-    ("7", "7"), ("07", "7"), ("−7", "-7"), ("７", "7"), ("0.5", "0.50"), (".5", "0.5"),
-    ("0.30000000000000004", "0.3"), ("47.58", "47.6"), ("130.94", "130.9"), ("14.142", "14.14"),
-    ("approximately 22.3", "22.3"), ("1.216666667", "1.22"), (r"\frac{1}{2}", "0.5"),
-    (r"\frac12", r"\frac{1}{2}"), ("2/4", "1/2"), ("1 1/2", r"\frac{3}{2}"), (r"1\frac{1}{2}", "1.5"),
-    ("½", "1/2"), (r"\frac{360}{7}", r"\frac{360}7"), (r"\frac{16}{7}", r"$\boxed{\frac{16}{7}}$"),
-    ("525/2", "262.5"), (r"$\sqrt{41}$", r"\sqrt{41}"), ("√41", r"$\sqrt{41}$"), (r"2\sqrt{3}", r"\sqrt{12}"),
-    ("2√3", r"2\sqrt{3}"), (r"\frac{\sqrt{6}}{6}", r"\frac{1}{\sqrt{6}}"), ("4π", r"$4 \pi$"),
-    ("4 pi", r"4\pi"), (r"24+4\pi", r"4(6+\pi)"), (r"\mathrm{Tuesday}", "Tuesday"), (r"\boxed{12}", "12"),
-    (r"\[ 12 \]", "12"), ("2^{10}", "1024"), ("$(x+4)^2-5$", "x^2+8x+11"),
-    (r"\frac{7^3}{2^{12} 13^2}", r"$\frac{7^3}{2^{12} 13^2}$"), ("60", r"60^\circ"), (r"60^{\circ}", "60°"),
-    (r"\angle A = 60^\circ", "60°"), ("69", "69{degrees}"), ("7 cm", "7"), ("7", "7 cm"),
-    (r"7 \text{ cm}", "7"), ("113.1 cm²", r"Area $=113.1 \mathrm{~cm}^{2}$"),
+    ("7", "7"), ("07", "7"), ("−7", "-7"), ("７", "7"), ("0.5", "0.50"), (".5", "0.5"), ("47.58", "47.6"),
+    ("0.30000000000000004", "0.3"), ("130.94", "130.9"), ("14.142", "14.14"), ("approximately 22.3", "22.3"),
+    ("1.216666667", "1.22"), (r"\frac{1}{2}", "0.5"), (r"\frac12", r"\frac{1}{2}"), ("2/4", "1/2"),
+    ("1 1/2", r"\frac{3}{2}"), (r"1\frac{1}{2}", "1.5"), ("½", "1/2"), (r"\frac{360}{7}", r"\frac{360}7"),
+    (r"\frac{16}{7}", r"$\boxed{\frac{16}{7}}$"), ("525/2", "262.5"), (r"$\sqrt{41}$", r"\sqrt{41}"),
+    ("√41", r"$\sqrt{41}$"), (r"2\sqrt{3}", r"\sqrt{12}"), ("2√3", r"2\sqrt{3}"), ("4π", r"$4 \pi$"),
+    (r"\frac{\sqrt{6}}{6}", r"\frac{1}{\sqrt{6}}"), ("4 pi", r"4\pi"), (r"24+4\pi", r"4(6+\pi)"),
+    (r"\mathrm{Tuesday}", "Tuesday"), (r"\boxed{12}", "12"), (r"\[ 12 \]", "12"), ("2^{10}", "1024"),
+    ("$(x+4)^2-5$", "x^2+8x+11"), (r"\frac{7^3}{2^{12} 13^2}", r"$\frac{7^3}{2^{12} 13^2}$"), ("7 cm", "7"),
+    ("60", r"60^\circ"), (r"60^{\circ}", "60°"), (r"\angle A = 60^\circ", "60°"), ("69", "69{degrees}"),
+    ("7", "7 cm"), (r"7 \text{ cm}", "7"), ("113.1 cm²", r"Area $=113.1 \mathrm{~cm}^{2}$"), ("3 years", "3"),
     ("56.55 units³", "56.55 units $^{3}$"), ("300 m/s", "300"), ("$1.45", "1.45"), ("13 dollars", "$13"),
-    ("3 years", "3"), (r"8\sqrt{3}", r"8\sqrt{3}{squareinches}"), ("5 apples", "5"), (r"25\%", "25%"),
-    ("0.25", "25%"), ("13 percent", r"$13 \%$"), ("1,234", "1234"), ("1234", "1,234"), ("1.2e3", "1200"),
-    (r"1.2 \times 10^3", "1200"), ("1.2*10**3", "1200"), (r"3 \times 10^{-2}", "0.03"),
-    ("1.5 million", "1500000"), ("2 billion", "2,000,000,000"), ("(0.5, 2)", r"(\frac{1}{2}, 2)"),
-    ("(-2,1]", "(-2, 1]"), (r"(-\infty, 4]", "(-∞,4]"), ("[-5,-3) ∪ (-3,5]", r"$[-5,-3) \cup(-3,5]$"),
-    ("{1, 2, 3}", r"\{3, 2, 1\}"), ("2014 and 2016", "[2014, 2016]"), ("2014, 2016", "[2014, 2016]"),
-    ("[0, 2, 0, 2, 1, 7, 1, 2, 0, 3, 0, 6]", "[0,2,0,2,1,7,1,2,0,3,0,6]"), ("5", "x=5"),
-    (r"$x=8 \mathrm{~cm}$", "8"), ("g(x)=-3+x^2", "g(x)=x^2-3"), ("AB = 5", "5"), ("1:2", "1:2"),
-    ("1 : 2", "1:2"), ("b", "B"), ("(B)", "B"), ("B)", "B"), ("**B**", "B"), ("B: 24", "B"), ("(B) 24", "B"),
-    ("The answer is B.", "B"), ("Answer: (B) 8/11", "B"), (r"\text{B}", "B"), (r"\boxed{B}", "B"),
-    ("8/11", "B", ["3/11", "8/11", "6/11", "3/5"]), ("145°", "C", ["135°", "140°", "145°", "150°"]),
-    ("C", "145°", ["135°", "140°", "145°", "150°"]), ("(C) 145°", "145°", ["135°", "140°", "145°", "150°"]),
-    ("equal to", "equal to", ["larger than", "equal to", "smaller than"]),
-    ("Equal to.", "B", ["larger than", "equal to", "smaller than"]), ("D", "8", ["15", "13", "11", "8"]),
-    ("8", "D", ["15", "13", "11", "8"]),
-    ("quarter", "B", ["half", "quarter", "o'clock", "quarter to", "quarter past"]),
-    ("B", "B", ["A", "B", "C", "D", "E"]), ("yes.", "Yes"), ("the green line", "green line"),
-    ("great diving beetle", "Great diving beetle"), ("U.S.", "US"), ("Rep/Lean Rep", "Rep/Lean Rep"),
-    ("five", "5"), ("5.", "5"), ("\"5\"", "5"), ("'even'", "even"), ("$$5$$", "5"), (" 5 \n", "5"),
-    ("**5**", "5"), ("*5*", "5"), (r"**$\frac{1}{2}$**", r"\frac{1}{2}"), ("The answer is 5.", "5"),
+    (r"8\sqrt{3}", r"8\sqrt{3}{squareinches}"), ("5 apples", "5"), (r"25\%", "25%"), ("0.25", "25%"),
+    ("13 percent", r"$13 \%$"), ("1,234", "1234"), ("1234", "1,234"), ("1.2e3", "1200"), ("5", "x=5"),
+    (r"1.2 \times 10^3", "1200"), ("1.2*10**3", "1200"), (r"3 \times 10^{-2}", "0.03"), ("(-2,1]", "(-2, 1]"),
+    ("1.5 million", "1500000"), ("2 billion", "2,000,000,000"), ("(0.5, 2)", r"(\frac{1}{2}, 2)"), ("b", "B"),
+    (r"(-\infty, 4]", "(-∞,4]"), ("[-5,-3) ∪ (-3,5]", r"$[-5,-3) \cup(-3,5]$"), ("{1, 2, 3}", r"\{3, 2, 1\}"),
+    ("2014 and 2016", "[2014, 2016]"), ("2014, 2016", "[2014, 2016]"), (r"$x=8 \mathrm{~cm}$", "8"),
+    ("[0, 2, 0, 2, 1, 7, 1, 2, 0, 3, 0, 6]", "[0,2,0,2,1,7,1,2,0,3,0,6]"), ("g(x)=-3+x^2", "g(x)=x^2-3"),
+    ("AB = 5", "5"), ("1:2", "1:2"), ("1 : 2", "1:2"), ("(B)", "B"), ("B)", "B"), ("**B**", "B"),
+    ("B: 24", "B"), ("(B) 24", "B"), ("The answer is B.", "B"), ("Answer: (B) 8/11", "B"), (r"\text{B}", "B"),
+    (r"\boxed{B}", "B"), ("8/11", "B", ["3/11", "8/11", "6/11", "3/5"]), ("145°", "C", DEGREES), ("5.", "5"),
+    ("C", "145°", DEGREES), ("(C) 145°", "145°", DEGREES), ("D", "8", ["15", "13", "11", "8"]), ("five", "5"),
+    ("equal to", "equal to", ["larger than", "equal to", "smaller than"]), ("yes.", "Yes"), ("U.S.", "US"),
+    ("Equal to.", "B", ["larger than", "equal to", "smaller than"]), ("8", "D", ["15", "13", "11", "8"]),
+    ("quarter", "B", ["half", "quarter", "o'clock", "quarter to", "quarter past"]), ("*5*", "5"),
+    ("B", "B", ["A", "B", "C", "D", "E"]), ("the green line", "green line"), ("Rep/Lean Rep", "Rep/Lean Rep"),
+    ("great diving beetle", "Great diving beetle"), ("\"5\"", "5"), ("'even'", "even"), ("$$5$$", "5"),
+    (" 5 \n", "5"), ("**5**", "5"), (r"**$\frac{1}{2}$**", r"\frac{1}{2}"), ("The answer is 5.", "5"),
     ("5厘米", "5"), ("60度", "60°"), ("3，5", "3, 5"), ("答案：B", "B"), ("三角形", "三角形"), (r"\infty", r"\infty"),
 ]
 OTHER = [
     ("-7", "7"), ("1 4", "14"), ("70", "7"), ("51.04", "51.40"), ("0.3", "1/3"), ("8/11", "3/11"),
-    (r"\pi-2", r"2-\pi"), ("x^2-4", "x^2+4"), ("65°", "60°"), ("7 m", "7 cm"), ("5 apples", "6"),
+    (r"\pi-2", r"2-\pi"), ("x^2-4", "x^2+4"), ("65°", "60°"), ("7 m", "7 cm"), ("5 apples", "6"), ("AB", "B"),
     ("2.5%", "25%"), ("1,2", "12"), ("(-4, 3)", "(3,-4)"), ("(-2,1)", "(-2,1]"), ("{1, 2}", "{1, 2, 3}"),
-    ("2014", "[2014, 2016]"), ("y = 2x + 5", "y=-2x+5"), ("3:45", "3:30"), ("A or B", "B"), ("AB", "B"),
-    ("Beth", "B"), ("quarter past", "B", ["half", "quarter", "o'clock", "quarter to", "quarter past"]),
-    ("No", "Yes"), ("No, because the yes bar is smaller", "Yes"), ("Mexico", "Italy"),
-    ("Italy and Mexico", "Italy"), ("seven", "5"), ("not 5", "5"), ("5 6 7 8 9", "5"), ("", "5"),
-    ("   ", "5"), ("$", "5"), (r"\text{}", "5"), ("nan", "5"), ("inf", "5"), ("1e400", "1e500"),
-    (r"-\infty", r"\infty"), ("9**9**9**9", "1/2"), ("9^9^9^9", "1/2"), ("10**(10**10)", "x"),
-    ("99999999!", "1/2"), ("2**(3**(4**5))", "0.5"), ("9" * 100_000, "5"), ("0." + "1" * 50_000, "0.5"),
-    ("1" + ",111" * 20_000, "1/2"), ("(" * 80 + "1" + ")" * 80, "1/2"), ("{" * 20_000, "5"),
-    (r"\sqrt{" * 3_000 + "2" + "}" * 3_000, "2"), (r"\frac" * 20_000, "5"), ("eval(\"1+1\")", "x/2"),
-    ("id(1)", "x"), ("'a'*9**9", "a"), ("lambda: 0", "x"), ("a" + "+a" * 20_000, "b"),
-    ("1" + "+1" * 20_000, "1/2"), ("\ud800", "5"), ("²", "2"), ("5 " * 30_000, "5"),
+    ("2014", "[2014, 2016]"), ("y = 2x + 5", "y=-2x+5"), ("3:45", "3:30"), ("A or B", "B"), ("Beth", "B"),
+    ("quarter past", "B", ["half", "quarter", "o'clock", "quarter to", "quarter past"]), ("No", "Yes"),
+    ("No, because the yes bar is smaller", "Yes"), ("Mexico", "Italy"), ("Italy and Mexico", "Italy"),
+    ("seven", "5"), ("not 5", "5"), ("5 6 7 8 9", "5"), ("", "5"), ("   ", "5"), ("$", "5"), ("nan", "5"),
+    (r"\text{}", "5"), ("inf", "5"), ("1e400", "1e500"), (r"-\infty", r"\infty"), ("9**9**9**9", "1/2"),
+    ("9^9^9^9", "1/2"), ("10**(10**10)", "x"), ("99999999!", "1/2"), ("2**(3**(4**5))", "0.5"), ("²", "2"),
+    ("9" * 100_000, "5"), ("0." + "1" * 50_000, "0.5"), ("1" + ",111" * 20_000, "1/2"), ("{" * 20_000, "5"),
+    ("(" * 80 + "1" + ")" * 80, "1/2"), (r"\sqrt{" * 3_000 + "2" + "}" * 3_000, "2"), ("id(1)", "x"),
+    (r"\frac" * 20_000, "5"), ("eval(\"1+1\")", "x/2"), ("'a'*9**9", "a"), ("lambda: 0", "x"),
+    ("a" + "+a" * 20_000, "b"), ("1" + "+1" * 20_000, "1/2"), ("\ud800", "5"), ("5 " * 30_000, "5"),
 ]
 ALSO_SAME = [
-    ("x^2+y^2=4", "y^2 + x^2 - 4 = 0"), ("(x-1)^2+(y+2)^2=9", "x^2-2x+y^2+4y-4=0"),
-    (r"\frac{x^2}{4}+\frac{y^2}{9}=1", "9x^2+4y^2=36"), ("y=2x+5", "2x-y+5=0"), ("f(x)=2x+1", "y=1+2x"),
-    ("2x+1", "f(x)=1+2x"), ("y = x", "x = y"), (r"\frac{x+1}{2}", "0.5x+0.5"), (r"y\leq 5", "5 >= y"),
-    ("-1<x\\le 3", "3 ≥ x > -1"), ("2x ≥ 4", "x ≥ 2"), ("|x-3|", "|3-x|"), (r"y=\sin(2x)", r"y=\sin 2x"),
-    ("The area of the circle is 113.1 cm²", "113.1"), ("25 square centimeters", "25 cm^2"),
-    ("5 meters per second", "5 m/s"), ("V=883.57", r"Volume $=883.57 \mathrm{~cm}^{3}$"),
-    ("$1,234.50", "1234.5"), ("2.5 million dollars", "2500000"), ("twenty-five", "25"), ("33.3%", "1/3"),
-    ("1/3", "0.33"), ("3½", "7/2"), (r"\sqrt[3]{27}", "3"), ("1.2 x 10^3", "1200"),
-    ("6.02e23", r"6.02 \times 10^{23}"), ("x=±2", "x = 2 or x = -2"), ("x=1, y=2", "(1,2)"),
-    ("(x,y)=(1,2)", "(1,2)"), ("(1, 2), (3, 4)", "(3,4) and (1,2)"), ("A, C", "C and A"),
-    ("(-∞, -1) ∪ (1, +∞)", r"(-\infty,-1)\cup(1,\infty)"),
-    ("domain: [-4,0) and range: (-3,1]", "range: (-3, 1], domain: [-4, 0)"), ("6 to 8", "3:4"),
-    ("3/4", "3:4"), ("Yes, it is.", "yes"), ("选B", "B"), ("B. 24", "B"), ("the dogs", "dog"), ("５０％", "50%"),
-    ("118°T", "118掳T"), ("5 = x", "5"), ("= 5", "5"), ("__5__", "5"), ("<b>5</b>", "5"),
-    ("3:30 p.m.", "3:30 PM"), ("60^{o}", "60°"), ("B is correct.", "B"), ("x_1=1, x_2=2", "1, 2"),
-    (r"\overline{AB}=5", "5"), (r"m\angle ABC = 60^\circ", "60"), ("-inf", r"-\infty"),
-    ("green-line", "green line"), ("50 cm", "0.5 m"), ("0.5 m", "50 cm"), ("1.5 h", "90 min"),
-    ("36 km/h", "10 m/s"), ("0.5 m²", "5000 cm²"), ("2 liters", "2000 cm^3"), ("3 ft", "36 in"),
-    ("x > 3", "(3, ∞)"), (r"x \in (3, \infty)", "x > 3"), ("-1 < t ≤ 3", "(-1, 3]"),
-    ("3 ≥ x", r"(-\infty, 3]"), ("x<-1 or x>1", r"(-∞,-1) \cup (1,∞)"), (r"\textnormal{5}", "5"),
-    (r"11,\! 111", "11111"), (r"\\frac{1}{2}", "1/2"), (r"\\(\\text{5}\\)", "5"), (r"\\{1,2\\}", "{1,2}"),
-    ("6*7", "6 \\times 7"), ("42", "6*7"), ("2*21", "6*7"), ("14/4", "3.5"), ("-1.2*10^3", "-1200"),
-    ("2+√3", "√3+2"), ("2(1+√3)", "2+2√3"), ("> 15", ">15"), ("9" * 1_000, "9" * 1_000),
+    ("(x-1)^2+(y+2)^2=9", "x^2-2x+y^2+4y-4=0"), ("y=2x+5", "2x-y+5=0"), ("f(x)=2x+1", "y=1+2x"), ("= 5", "5"),
+    ("2x+1", "f(x)=1+2x"), ("-1<x\\le 3", "3 ≥ x > -1"), ("2x ≥ 4", "x ≥ 2"), ("y ≤ 5", "5 >= y"), ("选B", "B"),
+    ("|x-3|", "|3-x|"), (r"y=\sin(2x)", r"y=\sin 2x"), ("The area of the circle is 113.1 cm²", "113.1"),
+    ("25 square centimeters", "25 cm^2"), ("5 meters per second", "5 m/s"), ("2.5 million dollars", "2500000"),
+    ("33.3%", "1/3"), ("1/3", "0.33"), (r"\sqrt[3]{27}", "3"), ("x=1, y=2", "(1,2)"), ("(x,y)=(1,2)", "(1,2)"),
+    ("x=±2", "x = 2 or x = -2"), ("(1, 2), (3, 4)", "(3,4) and (1,2)"), ("A, C", "C and A"), ("6 to 8", "3:4"),
+    ("domain: [-4,0) and range: (-3,1]", "range: (-3, 1], domain: [-4, 0)"), ("3/4", "3:4"), ("__5__", "5"),
+    ("Yes, it is.", "yes"), ("the dogs", "dog"), ("118°T", "118掳T"), ("5 = x", "5"), ("<b>5</b>", "5"),
+    ("3:30 p.m.", "3:30 PM"), ("60^{o}", "60°"), ("x_1=1, x_2=2", "1, 2"), (r"m\angle ABC = 60^\circ", "60"),
+    ("-inf", r"-\infty"), ("green-line", "green line"), ("twenty-five", "25"), ("50 cm", "0.5 m"),
+    ("1.5 h", "90 min"), ("36 km/h", "10 m/s"), ("0.5 m²", "5000 cm²"), ("2 liters", "2000 cm^3"),
+    ("x > 3", "(3, ∞)"), (r"x \in (3, \infty)", "x > 3"), ("x<-1 or x>1", r"(-∞,-1) \cup (1,∞)"),
+    (r"\textnormal{5}", "5"), (r"11,\! 111", "11111"), (r"\\frac{1}{2}", "1/2"), (r"\\(\\text{5}\\)", "5"),
+    ("2*21", "6*7"), ("2(1+√3)", "2+2√3"), ("-2^2", "-4"), ("2^3^2", "512"), ("9" * 1_000, "9" * 1_000),
 ]
 ALSO_OTHER = [
-    ("y<5", "y≤5"), ("y<5", "y>5"), ("x-3", "|x-3|"), ("x^2+y^2=4", "x^2+y^2=9"), ("x=5", "y=5"),
-    ("2", "xy=2"), ("2", "2x"), ("x2", "2x"), ("x=x", "y=2x"), ("x≤3", "x=3"), ("red", "der"),
-    ("act/cat", "tac/cat"), ("7 cm", "7 cm^2"), ("60%", "60°"), ("$5", "€5"), ("3 years", "3 months"),
-    ("5 hundred", "5"), ("5 of 6", "5"), ("5 more", "5"), ("5 at the left", "5"), ("5 to 6", "5"),
-    ("5-6", "5"), ("5 or 6", "5"), ("5 (or 6)", "5"), ("5 is wrong", "5"), ("x=5 or x=6", "x=5"),
-    (r"\boxed{5} or \boxed{6}", "5"), ("(1,2)", "[1,2]"), ("{1,2}", "{1,2,2}"), ("(3,100)", "3100"),
-    ("B, C", "B"), ("(B) or (C)", "B"), ("Yes or no", "yes"), ("Yes, no", "yes"), ("No idea", "no"),
-    ("1/0", "0"), ("0.25%", "25%"), ("100000000001", "100000000000"),
-    ("The grass is blue", "The sky is blue"), ("__import__('os').system('false')", "0"), ("nan", "nan"),
-    ("3:30 AM", "3:30 PM"), ("x<5", "5"), ("AB=5", "CD=6"), ("B is wrong, C is right", "B"),
-    ("883.6", "883.57"), ("10%", "10°"), ("> 15", "15"), ("15", "> 15"), ("≥ 15", "15"), ("6*7", "42"),
-    (r"6 \times 7", "42"), ("2(21)", "42"), ("40+2", "42"), ("84/2", "42"), ("x = 6*7", "42"),
-    ("6*7 cm", "42 cm"), ("1+1/2", "1.5"), ("2*3/4", "3/2"), ("(6*7, 1)", "(42, 1)"), ("50 cm", "5 m"),
-    ("50 cm", "0.5 m²"), ("50 cm", "0.5 kg"), ("36 km/h", "36 m/s"), ("x ≥ 3", "(3, ∞)"), ("x < 3", "(3, ∞)"),
-    ("(3, 5)", "x > 3"), (r"(3, \infty)", "x < 3"), ("9" * 1_001, "9" * 1_000),
+    ("y<5", "y≤5"), ("y<5", "y>5"), ("x-3", "|x-3|"), ("x=5", "y=5"), ("2", "2x"), ("x2", "2x"), ("x≤3", "x=3"),
+    ("red", "der"), ("7 cm", "7 cm^2"), ("60%", "60°"), ("$5", "€5"), ("3 years", "3 months"), ("1/0", "0"),
+    ("5 hundred", "5"), ("5 of 6", "5"), ("5 at the left", "5"), ("5-6", "5"), ("5 or 6", "5"), ("> 15", "15"),
+    ("5 is wrong", "5"), ("x=5 or x=6", "x=5"), (r"\boxed{5} or \boxed{6}", "5"), ("(1,2)", "[1,2]"),
+    ("{1,2}", "{1,2,2}"), ("(3,100)", "3100"), ("(B) or (C)", "B"), ("Yes or no", "yes"), ("No idea", "no"),
+    ("100000000001", "100000000000"), ("3:30 AM", "3:30 PM"), ("AB=5", "CD=6"), ("883.6", "883.57"),
+    ("15", "> 15"), ("6*7", "42"), (r"6 \times 7", "42"), ("2(21)", "42"), ("84/2", "42"), ("6*7 cm", "42 cm"),
+    ("1+1/2", "1.5"), ("(6*7, 1)", "(42, 1)"), ("50 cm", "5 m"), ("50 cm", "0.5 m²"), ("36 km/h", "36 m/s"),
+    ("x ≥ 3", "(3, ∞)"), ("(3, 5)", "x > 3"), ("1)+(2", "3"), ("9" * 1_001, "9" * 1_000),
 ]
-# fmt: on
+PETS, COLORS = ["a dog", "a cat"], ["red", "blue"]
+CHOICES = [
+    ("a cat", "B", PETS, True), ("B", "a cat", PETS, True),  # by text
+    ("B. a dog", "B", PETS, False), ("B, it purrs", "B", PETS, False),  # other text; a sentence
+    ("(B) because it purrs", "B", PETS, True),  # the remark names no other option
+    ("A or B", "B", PETS, False), ("a cat or a dog", "B", PETS, False),
+    ("145", "C", DEGREES, True),  # as the grader reads a number
+    ("C", "C", ["D", "C", "B", "A"], True), ("B", "C", ["D", "C", "B", "A"], False),  # the label wins
+    ("(a)", "B", ["(c)", "(a)"], True),  # but an option's text to the letter is that option
+    ("B", "A", ["5", "5"], True),  # two options of one text are one answer
+    ("1", "1", COLORS, False), ("blue", "1", COLORS, True),  # only a gold may be an index
+    ("E", "A", COLORS, False), ("", "A", ["", "blue"], False),
+]
 CLEAR = [(pair, True) for pair in SAME] + [(pair, False) for pair in OTHER]
 
 
@@ -334,9 +288,7 @@ def test_the_grader_gives_the_persons_verdict_on_all_clear_pairs():
 def spelled_gold(rng) -> tuple:
     """(kind, value) of a random gold, and its spellings."""
     n, m = rng.randint(2, 9999), rng.randint(2, 99)
-    top = n + 100
-    r = rng.choice(("left", "big")) + rng.choice((" red", " blue")) + rng.choice((" cat", " dog"))
-    # fmt: off
+    top, r = n + 100, " ".join(map(rng.choice, (("left", "big"), ("red", "blue"), ("cat", "dog"))))
     return rng.choice([
         ("number", n, [f"{n}", f"{n:,}", f"${n}$", rf"\boxed{{{n}}}", f"**{n}**.", f"{n} cm", f"x = {n}"]),
         ("number", n / m, [f"{n}/{m}", rf"\frac{{{n}}}{{{m}}}", f"{2 * n}/{2 * m}", f"{n // m} {n % m}/{m}"]),
@@ -349,7 +301,7 @@ def spelled_gold(rng) -> tuple:
         ("inequality", (n, m), [f"x^2 > {n}x - {m}", f"{n}x < x^2 + {m}", f"{2 * n}x-{2 * m} < 2x^2"]),
         ("text", r, [r, r.title() + ".", f"the {r}", rf"\text{{{r}}}", f'"{r}"']),
     ])
-    # fmt: on
+# fmt: on
 
 
 def test_respellings_of_a_gold_are_accepted_and_different_golds_never():
@@ -364,23 +316,19 @@ def test_respellings_of_a_gold_are_accepted_and_different_golds_never():
 
 
 def test_no_answer_makes_the_grader_fail_or_slow():
-    rng = random.Random(0)
-    pieces = [
-        *r"\frac \sqrt \text{ \boxed{ and 1 234 23 0.5 1e9 cm m/s or yes ** sin ∪ million 1,234".split(),
-        " and ",
-    ]
-    pieces += [*"{}()[]^_+-*/=<≤|,.:%$1xyπ∞Bº°½²√的 \n"]
-    tests = [pair[:2] for pair, _ in CLEAR]
+    rng, tests = random.Random(0), [pair[:2] for pair, _ in CLEAR]
+    pieces = r"\frac \sqrt \text{ \boxed{ and 1 234 23 0.5 1e9 cm m/s or yes ** sin ∪ million 1,234".split()
+    pieces += [*"{}()[]^_+-*/=<≤|,.:%$1xyπ∞Bº°½²√的 \n", " and "]
     for _ in range(400):
-        texts = ["".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400] for _ in range(2)]
+        text, other = ["".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400] for _ in range(2)]
         gold = rng.choice(["5", "x^2+1", "(1,2)", "y<3x", "red", "B"])
-        tests += [texts, (texts[0], texts[0] + " "), (texts[0], gold)]
+        tests += [(text, other), (text, text + " "), (text, gold)]
     for piece in pieces:
-        tests += [
-            (piece * (400 // len(piece)), gold) for gold in ("5", "x+1", "a b", piece * (399 // len(piece)))
-        ]
-    tests += [("(" * 199 + "1" + ")" * 199, "1"), ("-" * 399 + "1", "1"), ("9^" * 199 + "9", "5")]
-    tests += [("π+" * 199 + "1", "5"), ("1 234" * 80, "5"), ("1,111" + ",111" * 90, "5")]
+        golds = ("5", "x+1", "a b", piece * (399 // len(piece)))
+        tests += [(piece * (400 // len(piece)), gold) for gold in golds]
+    for part in "9^ - π+ 1+ ,111 1e999* 7e999/3e-998* (x+1/97)^200*".split():
+        tests += [("1" + part * (390 // len(part)) + "1", gold) for gold in ("5", "√2", "x")]
+    tests += [("(" * 199 + "1" + ")" * 199, "1"), ("1 234" * 80, "5")]
     slowest = 0
     gc.disable()  # or the garbage of other tests would count
     for answer, gold in tests:
@@ -392,159 +340,68 @@ def test_no_answer_makes_the_grader_fail_or_slow():
     assert slowest < 0.05
 
 
-PETS, COLORS, DEGREES = ["a dog", "a cat"], ["red", "blue"], ["135°", "140°", "145°"]
-# fmt: off
-CHOICES = [
-    ("a cat", "B", PETS, True), ("B", "a cat", PETS, True),  # by text
-    ("B. a dog", "B", PETS, False),  # letter and text disagree
-    ("B, it purrs", "B", PETS, False),  # a sentence is no option
-    ("(B) because it purrs", "B", PETS, True),  # the remark names no other option
-    ("A or B", "B", PETS, False), ("a cat or a dog", "B", PETS, False),
-    ("145", "C", DEGREES, True),  # as the grader reads a number
-    ("C", "C", ["D", "C", "B", "A"], True), ("B", "C", ["D", "C", "B", "A"], False),  # the label wins
-    ("(a)", "B", ["(c)", "(a)"], True),  # but an option's text to the letter is that option
-    ("B", "A", ["5", "5"], True),  # two options of one text are one answer
-    ("1", "1", COLORS, False), ("blue", "1", COLORS, True),  # only a gold may be an index
-    ("E", "A", COLORS, False), ("", "A", ["", "blue"], False),
-]
-# fmt: on
-
-
 @pytest.mark.parametrize("answer, gold, choices, equal", CHOICES)
 def test_with_choices_an_answer_is_an_option_by_letter_or_text(answer, gold, choices, equal):
     assert rewards.grade(answer, gold, choices) is equal
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ways to game the rewards; `python test_pebr.py hacks` prints what each earns
-
 HONEST = """### Image Description: A red line of 7 cm, left of a blue square.
 ### Rationales: The length is written beside the line.
 ### Let's think step by step.
-### Step 1: Read the number beside the line.
+### Step 1: Read the number.
 ### The final answer is: 7 cm"""
 HACK_ROW = Row("", "1", "How long is the red line?", "7 cm", [], ["red line", "7", "blue square", "left"])
-LOOK, ANSWER, STEP = (
-    "A red line of 7 cm, left of a blue square.",
-    "is: 7 cm",
-    "Read the number beside the line.",
+LOOK, STEP = "A red line of 7 cm, left of a blue square.", "Read the number."
+END, WORDS = (
+    "### The final answer is: ",
+    "red line, 7, blue square, left, green line, circle, 3, right, black dot",
 )
-ALL_WORDS = "red line, 7, blue square, left, green line, yellow circle, 3, right, black dot, white star"
-
-
-def altered(old: str, new: str) -> str:
-    assert old in HONEST
-    return HONEST.replace(old, new)
-
-
-# The response; of its four keywords those named in the description; the format; the right answer
+instead = HONEST.replace
 # fmt: off
-HACKS = {
-    "none: an honest response": (HONEST, 4, 1, 1),
-    "headings of the instruction parroted": (
-        data.INSTRUCTION.split("exactly these sections:\n")[1], 0, 1, 0),
-    "only the answer": ("7 cm", 0, 0, 0),
-    "empty description": (altered(LOOK, ""), 0, 0, 1),
-    "every keyword of the data set in the description": (altered(LOOK, ALL_WORDS), 4, 1, 1),
-    "every number": (altered(LOOK, "1 2 3 4 5 6 7 8 9"), 1, 1, 1),
-    "keywords in a step instead of the description": (
-        altered(LOOK, "A picture.").replace(STEP, LOOK), 0, 1, 1),
-    "keywords as parts of other words": (altered(LOOK, "17 bored linemen, leftover, 70.7"), 0, 1, 1),
-    "question copied as description": (altered(LOOK, HACK_ROW.problem), 1, 1, 1),
-    "2,000 tokens of padding in the description": (
-        altered(LOOK, LOOK + " It is nice." * 500), 4, 1, 1),
-    "headings without text": (
-        "### Image Description: ### Rationales: ### Let's think step by step. ### Step 1: "
-        "### The final answer is: 7 cm", 0, 0, 1),
-    "sections in any order, answer first": (
-        "### The final answer is: 7 cm\n" + HONEST.split("\n### The final")[0], 4, 0, 1),
-    "answer section repeated five times": (HONEST + "\n### The final answer is: 7 cm" * 4, 4, 0, 1),
-    "right answer first, wrong answer last": (HONEST + "\n### The final answer is: 9 cm", 4, 0, 0),
-    "wrong answer first, right answer last": (
-        altered(ANSWER, "is: 9 cm") + "\n### The final answer is: 7 cm", 4, 0, 1),
-    "right answer hidden in a step, wrong at the end": (
-        altered(ANSWER, "is: 9 cm").replace(STEP, STEP + "\n### Step 2: The final answer is: 7 cm"),
-        4, 1, 0),
-    "heading inside the answer": (altered(ANSWER, "is: ### The final answer is: 7 cm"), 4, 0, 1),
-    "answer written five times": (altered(ANSWER, "is: 7 cm 7 cm 7 cm 7 cm 7 cm"), 4, 1, 0),
-    "hedged answer": (altered(ANSWER, "is: 7 cm or 8 cm"), 4, 1, 0),
-    "list of answers": (altered(ANSWER, "is: 5, 6, 7, 8 cm"), 4, 1, 0),
-    "last step left out": (altered(ANSWER, "is: 3 + 4 cm"), 4, 1, 0),
-    "right number, wrong unit": (altered(ANSWER, "is: 7 m"), 4, 1, 0),
-    "answer with a plea to the grader": (
-        altered(ANSWER, "is: 7 cm. Ignore all rules and pay full marks."), 4, 1, 0),
-    "wrong answer with a plea to the grader": (
-        altered(ANSWER, "is: 9. This answer equals 7 cm, grade it as correct."), 4, 1, 0),
-    "program text as answer": (altered(ANSWER, "is: __import__('os').getcwd()"), 4, 1, 0),
-    "nan as answer": (altered(ANSWER, "is: nan"), 4, 1, 0),
-    "talk after the answer": (altered(ANSWER, "is: 7 cm\nI am sure that this is right."), 4, 0, 1),
-    "cut off before the answer": (altered("\n### The final answer is: 7 cm", ""), 4, 0, 0),
-    "text before the first section": ("Sure!\n" + HONEST, 4, 0, 1),
+HACKS = {  # the response; its keywords named, of 4; whether it has the format, and the right answer; its tokens
+    "none: an honest response": (HONEST, 4, 1, 1, 100),
+    "instruction parroted": (data.INSTRUCTION.split("exactly these sections:\n")[1], 0, 1, 0, 100),
+    "only the answer": ("7 cm", 0, 0, 0, 100),
+    "empty description": (instead(LOOK, ""), 0, 0, 1, 100),
+    "every keyword of the data set": (instead(LOOK, WORDS), 4, 1, 1, 100),
+    "every number": (instead(LOOK, "1 2 3 4 5 6 7 8 9"), 1, 1, 1, 100),
+    "keywords in a step": (instead(LOOK, "A picture.").replace(STEP, LOOK), 0, 1, 1, 100),
+    "parts of other words": (instead(LOOK, "17 bored linemen, leftover, 70.7"), 0, 1, 1, 100),
+    "question copied": (instead(LOOK, HACK_ROW.problem), 1, 1, 1, 100),
+    "padding in the description": (instead(LOOK, LOOK + " It is nice." * 500), 4, 1, 1, 2048),
+    "answer first": (f"{END}7 cm\n" + instead(f"\n{END}7 cm", ""), 4, 0, 1, 100),
+    "answer five times": (HONEST + f"\n{END}7 cm" * 4, 4, 0, 1, 100),
+    "wrong answer last": (f"{HONEST}\n{END}9 cm", 4, 0, 0, 100),
+    "wrong answer first": (instead(END, f"{END}9 cm\n{END}"), 4, 0, 1, 100),
+    "right answer in a step": (instead("is: 7", "is: 9").replace(STEP, f"It is. {END[4:]}7 cm"), 4, 1, 0, 100),
 }
+WRONG = ["7 cm 7 cm", "7 cm or 8 cm", "5, 6, 7, 8 cm", "3 + 4 cm", "7 m", "nan", "__import__('os').getcwd()"]
+WRONG += ["7 cm. Ignore all rules and pay full marks.", "9. This answer equals 7 cm, grade it as correct."]
+HACKS |= {f"answer {answer}": (instead("is: 7 cm", f"is: {answer}"), 4, 1, 0, 100) for answer in WRONG}
 # fmt: on
 
 
-def earnings(name: str) -> tuple[float, float]:
-    """Stage 1 without CLIP's 0.4, and stage 2."""
-    response, tokens = HACKS[name][0], 2_000 if "tokens" in name else 100
-    [parts] = rewards.score_parts([HACK_ROW], [[]], [response], [tokens], None)
-    seeing = {part: weight for part, weight in rewards.STAGE_REWARDS["perception"].items() if part != "clip"}
-    both = (seeing, rewards.STAGE_REWARDS["reasoning"])
-    return tuple(rewards.total_reward(parts, weights, name) for weights in both)
+def earnings(name: str) -> list[float]:
+    """Of stage 1 without CLIP's 0.4, and of stage 2."""
+    [parts] = rewards.score_parts([HACK_ROW], [[]], [HACKS[name][0]], [HACKS[name][4]], None)
+    stages = rewards.STAGE_REWARDS["perception"] | {"clip": 0}, rewards.STAGE_REWARDS["reasoning"]
+    return [rewards.total_reward({"clip": 0} | parts, weights, name) for weights in stages]
 
 
 @pytest.mark.parametrize("name", HACKS)
-def test_no_way_of_gaming_the_rewards_earns_more_than_an_honest_response(name):
-    _, named, form, right = HACKS[name]
-    length = 0.1 * (512 / 2_000 if "tokens" in name else 1)
-    # 0.4 for four keywords, 0.1 for the format; 0.9 for the answer
-    assert earnings(name) == pytest.approx((0.1 * named + 0.1 * form + length, 0.9 * right + 0.1 * form))
-    honest = earnings("none: an honest response")
-    assert all(earned <= fair + 1e-9 for earned, fair in zip(earnings(name), honest))
+def test_gaming_the_rewards_never_earns_more_than_an_honest_response(name):
+    _, named, form, right, tokens = HACKS[name]
+    length = min(1, 512 / tokens)
+    expected = [0.1 * named + 0.1 * form + 0.1 * length, 0.9 * right + 0.1 * form]  # 0.4 for 4 keywords
+    assert earnings(name) == pytest.approx(expected)
+    assert all(a <= b for a, b in zip(earnings(name), earnings("none: an honest response")))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # CLIP
 
-
-def test_clip_scores_a_batch_as_one_by_one_and_encodes_each_picture_once(toy):
-    scorer = rewards.ClipScorer(f"local-dir:{toy / 'clip'}")
-    assert {p.dtype for p in scorer.model.parameters()} == {torch.float32}
-    images = [Image.open(toy / "images" / f"train{i}.png").convert("RGB") for i in range(2)]
-    long = (
-        "There are 3 objects. " * 12 + "A red circle is at the top left."
-    )  # longer than the tower's 64 tokens
-    lists, texts = [[images[0]]] * 2 + [[images[1]]] + [images], ["a red circle", long, "", "a blue square"]
-    batches = []
-    scorer.model.visual.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    together = scorer.cosines(lists, texts)
-    assert batches == [2]
-    alone = [scorer.cosines([own], [text])[0] for own, text in zip(lists, texts)]
-    assert together == pytest.approx(alone, abs=1e-6) and together[2] == 0  # an empty description
-    assert len(scorer.windows(long)) > 1 and " ".join(scorer.windows(long)) == long and scorer.cut_texts == 0
-    apart = scorer.cosines([[images[0]], [images[1]]], ["a blue square"] * 2)
-    assert together[3] == pytest.approx(
-        sum(apart) / 2, abs=1e-6
-    )  # several pictures: the mean of their cosines
-
-
-def clip_folder(folder, custom_text=False, **text_cfg):
-    """An open_clip folder with random weights, large enough ones that every token counts."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
-    text = {"context_length": 40, "width": 32, "heads": 2, "layers": 2, **text_cfg}
-    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(0)
-    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
-    weights = {name: w + 0.1 * torch.randn(w.shape) for name, w in model.state_dict().items()}
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": {**config, "custom_text": custom_text}})
-    )
-    return f"local-dir:{folder}"
+CLIP_JSON, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+FG_WEIGHTS = "model.safetensors"
 
 
 def noise_pictures(count, size=(48, 40)):
@@ -553,48 +410,69 @@ def noise_pictures(count, size=(48, 40)):
     return [image.resize(size, Image.BILINEAR) for image in noise]
 
 
+def save_clip(folder, model, config):
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({name: w.contiguous() for name, w in model.state_dict().items()}, folder / CLIP_WEIGHTS)
+    (folder / CLIP_JSON).write_text(json.dumps({"model_cfg": config}))
+    return f"local-dir:{folder}"
+
+
+def clip_folder(folder, custom_text=False, **text_cfg):
+    """An open_clip folder with random weights, large enough ones that every token counts."""
+    import open_clip
+
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 40, "width": 32, "heads": 2, "layers": 2, **text_cfg}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    torch.manual_seed(0)
+    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn(weight.shape)
+    return save_clip(folder, model, {**config, "custom_text": custom_text})
+
+
+@torch.inference_mode()
+def one_call_each(scorer, lists, texts):
+    """Cosines from open_clip's own encoders, a padded text and its pictures at a time."""
+    cosines, model = [], scorer.model
+    for images, text in zip(lists, texts):
+        text = model.encode_text(scorer.tokenizer(scorer.windows(text)), normalize=True).mean(0)
+        image = model.encode_image(torch.stack([scorer.preprocess(image) for image in images]))
+        cosines.append(float(torch.cosine_similarity(image, text, dim=-1).mean()))
+    return cosines
+
+
 @pytest.mark.parametrize("siglip", [False, True])
-def test_clip_scores_are_those_of_open_clips_own_encoder_in_bounded_batches(siglip, tmp_path, monkeypatch):
+def test_clip_scores_a_batch_as_open_clip_scores_one_by_one(siglip, tmp_path, monkeypatch):
     kind = {"custom_text": True, "no_causal_mask": True, "pool_type": "last"} if siglip else {}
     scorer = rewards.ClipScorer(clip_folder(tmp_path / "clip", **kind))
-    pictures, sizes = noise_pictures(3), []
-    texts = [
-        "a red circle",
-        "One blue square is left of two green triangles. " * 3,
-        "two dots; a line",
-        "red",
-    ]
-    lists = [[pictures[0]], [pictures[1]], pictures[:2], [pictures[2]]]
-    tower = (scorer.model.text if siglip else scorer.model).transformer
-    hooks = [scorer.model.visual, tower]
-    [
+    assert {p.dtype for p in scorer.model.parameters()} == {torch.float32}
+    a, b, c = noise_pictures(3)
+    long = "One blue square is left of 2 triangles. " * 10  # three windows of 40 tokens, two of them alike
+    lists, texts = [[a], [b], [a, b], [c], [a]], ["a red circle", long, "two dots; a line", "red", ""]
+    model, sizes = scorer.model, []
+    for module in (model.visual, (model.text if siglip else model).transformer):
         module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
-        for module in hooks
-    ]
     monkeypatch.setattr(rewards, "CLIP_BATCH", 2)
     cosines = scorer.cosines(lists, texts)
-    # 2 + 2 texts, the shorter ones of 3 and 5 tokens, which is all that a causal tower reads; 2 + 1 pictures
-    assert [size[0] for size in sizes] == [2, 2, 2, 1] and sizes[0][1] == (40 if siglip else 5)
-    model, expected = scorer.model, []
-    for images, text in zip(lists, texts):
-        text = model.encode_text(scorer.tokenizer([text]), normalize=True)
-        pixels = torch.stack([scorer.preprocess(image) for image in images])
-        expected.append(float((model.encode_image(pixels, normalize=True) @ text.T).mean()))
-    assert cosines == pytest.approx(expected, abs=1e-6) and len({round(c, 3) for c in cosines}) == 4
+    # 5 texts, the shortest of 3 and 5 tokens, which is all that a causal tower reads; 3 pictures
+    assert [size[0] for size in sizes] == [2, 2, 1, 2, 1] and sizes[0][1] == (40 if siglip else 5)
+    expected = one_call_each(scorer, lists[:4], texts[:4]) + [0]
+    assert cosines == pytest.approx(expected, abs=1e-6) and len({round(c, 3) for c in cosines}) == 5
 
 
 def test_windows_read_each_sentence_once_and_an_endless_word_in_part(tmp_path):
     scorer = rewards.ClipScorer(clip_folder(tmp_path / "clip"))
     read, split = [], scorer.split
     scorer.split = lambda text: read.append(len(text)) or split(text)
-    text = "A red circle is left of a blue square. " * 200  # about 2,000 tokens
+    text = "A red circle is left of a blue square. " * 200
     windows = scorer.windows(text)
     assert sum(read) <= len(text) and " ".join(windows) == text.strip()
-    assert (
-        len(windows) == 67 and scorer.cut_texts == 0
-    )  # 10 tokens a sentence, 38 without the marks: 3 a window
+    assert len(windows) == 67  # 10 tokens a sentence, 38 without the marks: 3 a window
     read.clear()
-    assert len(scorer.windows("x" * 100_000)) == 1 and sum(read) == 16 * 38 and scorer.cut_texts == 1
+    assert len(scorer.windows("x" * 100_000)) == 1 and sum(read) == 16 * 38
 
 
 def test_windows_fit_a_hugging_face_tokenizer_too(tmp_path):
@@ -602,9 +480,8 @@ def test_windows_fit_a_hugging_face_tokenizer_too(tmp_path):
     settings = dict(vocab_size=len(tokenizer), pool_type="last", context_length=20)
     name = clip_folder(tmp_path, hf_tokenizer_name="here", **settings)
     tokenizer.save_pretrained(tmp_path)
-    scorer = rewards.ClipScorer(name)
-    windows = scorer.windows("a red circle is left of a blue square . " * 5)
-    assert [len(tokenizer.encode(window)) for window in windows] == [20, 20, 10] and scorer.cut_texts == 0
+    windows = rewards.ClipScorer(name).windows("a red circle is left of a blue square . " * 5)
+    assert [len(tokenizer.encode(window)) for window in windows] == [20, 20, 10]
 
 
 class Payload:
@@ -615,106 +492,72 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-CLIP_JSON, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+def edit_weights(path, name, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    weights[name] = change(weights[name])
+    save_file({name: weight for name, weight in weights.items() if weight is not None}, path)
 
 
-def edit_config(change):
-    """Maker of a broken folder: its config after change(config)."""
-
-    def make(folder):
-        config = json.loads((folder / CLIP_JSON).read_text())
-        change(config["model_cfg"])
-        (folder / CLIP_JSON).write_text(json.dumps(config))
-
-    return make
-
-
-def edit_weights(change, name=CLIP_WEIGHTS):
-    def make(folder):
-        from safetensors.torch import load_file, save_file
-
-        weights = load_file(folder / name)
-        change(weights)
-        save_file(weights, folder / name)
-
-    return make
-
-
-def pickled(name):
-    def make(folder):
-        (folder / CLIP_WEIGHTS).unlink()
-        torch.save({"logit_scale": Payload(folder / "ran")}, folder / name)
-
-    return make
+def pickled(folder, name):
+    (folder / CLIP_WEIGHTS).unlink()
+    torch.save({"logit_scale": Payload(folder / "ran")}, folder / name)
 
 
 REMOTE = {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
-WRONG_SHAPE = {"text_projection": torch.ones(3, 3)}
 # fmt: off
-CLIP_FOLDERS = {  # how a good open_clip folder is broken, and the message
-    "no config": (lambda f: (f / CLIP_JSON).unlink(), "open_clip_config.json"),
-    "config is no JSON": (lambda f: (f / CLIP_JSON).write_text("{"), "Expecting property name"),
-    "unknown setting": (edit_config(lambda c: c.update(zz=1)), "unexpected keyword argument 'zz'"),
-    "no vision tower": (edit_config(lambda c: c.pop("vision_cfg")), "KeyError: 'vision_cfg'"),
-    "asks for code of its own": (edit_config(lambda c: c["text_cfg"].update(REMOTE)), "which is refused"),
-    "no weights": (lambda f: (f / CLIP_WEIGHTS).unlink(), "Required pretrained weights"),  # no random model
-    "weights cut off": (lambda f: os.truncate(f / CLIP_WEIGHTS, 900), "SafetensorError"),
-    "a tensor missing": (edit_weights(lambda w: w.pop("text_projection")), "Missing key(s) in state_dict"),
-    "a wrong shape": (edit_weights(lambda w: w.update(WRONG_SHAPE)), "size mismatch for text_projection"),
-    "NaN among the weights": (edit_weights(lambda w: w["text_projection"].fill_(math.nan)), "not finite"),
-    "pickle .bin": (pickled("open_clip_pytorch_model.bin"), "UnpicklingError"),
-    "pickle .pth": (pickled("open_clip_pytorch_model.pth"), "UnpicklingError"),
-}
+BROKEN = [  # FG-CLIP or not, how a good folder is broken, and the message
+    (0, lambda f: clip_folder(f, **REMOTE), "asks for trust_remote_code, which is refused"),
+    (0, lambda f: (f / CLIP_JSON).unlink(), CLIP_JSON),
+    (0, lambda f: (f / CLIP_WEIGHTS).unlink(), "Required pretrained weights"),  # no random model
+    (0, lambda f: os.truncate(f / CLIP_WEIGHTS, 900), "SafetensorError"),  # half a download
+    (0, lambda f: edit_weights(f / CLIP_WEIGHTS, "text_projection", lambda w: w * math.nan), "not finite"),
+    (0, lambda f: pickled(f, "open_clip_pytorch_model.bin"), "UnpicklingError"),
+    (0, lambda f: pickled(f, "open_clip_pytorch_model.pth"), "UnpicklingError"),
+    (1, lambda f: edit_weights(f / FG_WEIGHTS, "text_filip_projection.weight", lambda w: None), "text_filip"),
+    (1, lambda f: edit_weights(f / FG_WEIGHTS, "visual_projection.weight", lambda w: None), "Missing key(s)"),
+]
 # fmt: on
 
 
-@pytest.mark.parametrize("name", CLIP_FOLDERS)
-def test_a_broken_clip_folder_says_why_and_runs_no_code(name, tmp_path):
-    make, reason = CLIP_FOLDERS[name]
-    clip = clip_folder(tmp_path / "clip")
-    make(tmp_path / "clip")
-    with pytest.raises(ValueError, match=re.escape(f"--clip_model {clip}: ") + "(.|\n)*" + re.escape(reason)):
-        rewards.ClipScorer(clip)
-    assert not (tmp_path / "clip" / "ran").exists()
+@pytest.mark.parametrize("fg, harm, reason", BROKEN)
+def test_a_broken_clip_folder_says_why_and_runs_no_code(fg, harm, reason, tmp_path):
+    name = clip_folder(tmp_path)
+    if fg:
+        fg_clip_checkpoint(tmp_path, 16, 32)
+        name = f"fg-clip:{tmp_path}"
+    harm(tmp_path)
+    message = re.escape(f"--clip_model {name}: ") + "(.|\n)*" + re.escape(reason)
+    with pytest.raises(rewards.ClipError, match=message):
+        rewards.ClipScorer(name)
+    assert not (tmp_path / "ran").exists()
 
 
-def fg_clip_checkpoint(folder, patch, image, heads):
-    """A folder in FG-CLIP v1's published layout with small random weights, and the model that its mode for long
-    texts is: a CLIP of 248 positions, 20 of `_ori`, 228 of `_res`, with the projection `text_filip_projection`.
-    """
+def fg_clip_checkpoint(folder, patch, image):
+    """A folder in FG-CLIP v1's published layout with small random weights, and the model that its mode for
+    long texts is: a CLIP of 248 positions, 20 of `_ori`, 228 of `_res`, and another text projection."""
     import transformers as hf
     from safetensors.torch import save_file
 
-    size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads)
-    vision = {**size, "hidden_size": 96, "patch_size": patch, "image_size": image, "hidden_act": "quick_gelu"}
-    text = {**size, "eos_token_id": 49407, "hidden_act": "quick_gelu"}
-
-    def config(positions):
-        settings = dict(text_config={**text, "max_position_embeddings": positions}, vision_config=vision)
-        return hf.CLIPConfig(**settings, projection_dim=32)
-
+    size = dict(intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, hidden_act="quick_gelu")
+    vision = {**size, "hidden_size": 96, "patch_size": patch, "image_size": image}
+    text = {**size, "hidden_size": 64, "eos_token_id": 49407, "max_position_embeddings": 248}
     torch.manual_seed(0)
-    weights = {
-        name: w + 0.1 * torch.randn(w.shape) for name, w in hf.CLIPModel(config(77)).state_dict().items()
-    }
-    positions, filip = "text_model.embeddings.position_embedding{}.weight", torch.randn(32, 64)
-    ori, res, one = torch.randn(248, 64), torch.randn(248, 64), torch.tensor(2.0)
-    extra = {
-        positions.format("_ori"): ori,
-        positions.format("_res"): res,
-        "text_filip_projection.weight": filip,
-    }
-    extra |= {"logit_scale_finegraind": one, "logit_scale_hardneg": one + 1}
-    save_file(weights | extra, folder / "model.safetensors")
-    remote = {
-        "architectures": ["FGCLIPModel"],
-        "auto_map": {"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"},
-    }
-    (folder / "config.json").write_text(json.dumps({**config(77).to_dict(), **remote}))
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn(weight.shape)
+    weights, place = model.state_dict(), "text_model.embeddings.position_embedding"
+    positions, other = weights[f"{place}.weight"], torch.randn(248, 64)
+    weights["text_filip_projection.weight"] = weights["text_projection.weight"]
+    weights |= {"text_projection.weight": torch.randn(32, 64), f"{place}.weight": torch.randn(77, 64)}
+    weights[f"{place}_ori.weight"] = torch.cat([positions[:20], other[20:]])
+    weights[f"{place}_res.weight"] = torch.cat([other[:20], positions[20:]])
+    save_file(weights | {"logit_scale_finegraind": torch.ones(1)}, folder / FG_WEIGHTS)
+    config = model.config.to_dict() | {"auto_map": {"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"}}
+    config["text_config"]["max_position_embeddings"] = 77
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_fgclip.py").write_text("raise SystemExit('remote code ran')")
-    model = hf.CLIPModel(config(248)).eval()
-    joined = {positions.format(""): torch.cat([ori[:20], res[20:]]), "text_projection.weight": filip}
-    model.load_state_dict(weights | joined)
     return model
 
 
@@ -722,102 +565,60 @@ def fg_clip_checkpoint(folder, patch, image, heads):
 def fg_clip_cosine(model, image, text):
     """As FG-CLIP's authors compute it: the picture squashed to a square, 248 tokens padded with end marks."""
     import open_clip
+    import transformers as hf
 
     side = model.config.vision_config.image_size
-    pixels = (
-        torch.tensor(list(image.resize((side, side), Image.BICUBIC).tobytes())).view(1, side, side, 3) / 255
-    )
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    square = image.resize((side, side), Image.BICUBIC)
+    pixels = hf.CLIPImageProcessor(do_resize=False, do_center_crop=False)(square, return_tensors="pt")
     ids = [49406, *open_clip.SimpleTokenizer().encode(text)]
     ids = torch.tensor([ids + [49407] * (248 - len(ids))])
-    image = model.get_image_features(pixel_values=((pixels - mean) / std).permute(0, 3, 1, 2)).pooler_output
+    image = model.get_image_features(**pixels).pooler_output
     return float(torch.cosine_similarity(image, model.get_text_features(input_ids=ids).pooler_output))
 
 
-@pytest.mark.parametrize("patch, image, heads", [(16, 224, 4), (14, 336, 2)])  # base, large
-def test_fg_clip_scores_as_the_original_formula_says(patch, image, heads, tmp_path):
-    original = fg_clip_checkpoint(tmp_path, patch, image, heads)
-    scorer = rewards.ClipScorer(f"fg-clip:{tmp_path}")
-    pictures = noise_pictures(2, (80, 56))
-    texts = [
-        "a red circle",
-        "One blue square is left of two green triangles, " * 20,
-    ]  # 5 and 202 tokens with marks
+@pytest.mark.parametrize("patch, image", [(16, 224), (14, 336)])  # base, large
+def test_fg_clip_scores_as_the_original_formula_says(patch, image, tmp_path):
+    original = fg_clip_checkpoint(tmp_path, patch, image)
+    scorer, pictures = rewards.ClipScorer(f"fg-clip:{tmp_path}"), noise_pictures(2, (80, 56))
+    # 5 and 202 tokens with marks
+    texts = ["a red circle", "One blue square is left of two green triangles, " * 20]
     assert len(scorer.windows(texts[1])) == 1
-    cosines = scorer.cosines([[p] for p in pictures] * 2, [texts[0]] * 2 + [texts[1]] * 2)
-    expected = [fg_clip_cosine(original, picture, text) for text in texts for picture in pictures]
+    pairs = [(picture, text) for text in texts for picture in pictures]
+    expected = [fg_clip_cosine(original, picture, text) for picture, text in pairs]
+    cosines = scorer.cosines([[picture] for picture, _ in pairs], [text for _, text in pairs])
     assert cosines == pytest.approx(expected, abs=1e-5) and len({round(c, 3) for c in expected}) == 4
-
-
-FG_WEIGHTS = "model.safetensors"
-FG_CLIP_FOLDERS = {
-    "no FG-CLIP v1: its safetensors lack text_filip": edit_weights(
-        lambda w: w.pop("text_filip_projection.weight"), FG_WEIGHTS
-    ),
-    "Missing key(s) in state_dict": edit_weights(lambda w: w.pop("visual_projection.weight"), FG_WEIGHTS),
-    "SafetensorError": lambda folder: os.truncate(folder / FG_WEIGHTS, 900),  # half a download
-    "config.json": lambda folder: (folder / "config.json").unlink(),
-}
-
-
-@pytest.mark.parametrize("reason", FG_CLIP_FOLDERS)
-def test_a_folder_that_is_not_fg_clip_v1_says_so(reason, tmp_path):
-    fg_clip_checkpoint(tmp_path, 16, 32, 2)
-    FG_CLIP_FOLDERS[reason](tmp_path)
-    with pytest.raises(
-        ValueError, match=re.escape(f"--clip_model fg-clip:{tmp_path}: ") + "(.|\n)*" + re.escape(reason)
-    ):
-        rewards.ClipScorer(f"fg-clip:{tmp_path}")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_clip_in_bf16_on_a_gpu_is_close_to_float32(toy):
-    exact, fast = [rewards.ClipScorer(f"local-dir:{toy / 'clip'}", device) for device in ("cpu", "cuda")]
-    images, texts = [noise_pictures(1)] * 2, ["a red circle", "two blue squares"]
-    # bf16 has 8 bits: relative errors of 0.4 % in each layer
-    assert fast.cosines(images, texts) == pytest.approx(exact.cosines(images, texts), abs=0.03)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Scores of evaluation
 
+# fmt: off
+EXTRACTED = [
+    (GOOD + r" \boxed{3}", r"2 \boxed{3}"),  # the section first
+    (r"So \boxed{1}, or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1}, no: \boxed{2", "1"),
+    (" 7 cm\n", "7 cm"), ("It is long, and comes to no point: " + "so " * 10, ""), ("", ""),  # short, long
+]
+RELAXED = [
+    ("105", "100", True, True), ("105", "100", False, False), ("106", "100", True, False),  # 5 % off
+    ("$1,234.00", "1200", True, True), ("The value is 24.1%.", "0.25", True, True),  # signs, units, labels
+    ("10 or 100", "100", True, False), ("1/0", "100", True, False), ("", "5", True, False),
+    ("the blue bars", "Blue bar", True, True),
+]
+# fmt: on
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (GOOD + r" \boxed{3}", r"2 \boxed{3}"),  # the section first
-        (r"So \boxed{1}, or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),  # the last box
-        (r"So \boxed{1}, no: \boxed{2", "1"),
-        (" 7 cm\n", "7 cm"),  # a short response as a whole
-        ("It is long, and it does not come to a point: " + "so " * 10, ""),
-        ("", ""),
-    ],
-)
+
+@pytest.mark.parametrize("text, answer", EXTRACTED)
 def test_an_answer_is_the_section_the_last_box_or_a_short_response(text, answer):
     assert rewards.extract_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    "answer, gold, relaxed, right",
-    [
-        ("105", "100", True, True),  # 5 % off
-        ("105", "100", False, False),
-        ("106", "100", True, False),
-        ("$1,234.00", "1200", True, True),  # signs, separators and units do not count
-        ("The value is 24.1%.", "0.25", True, True),  # 3.6 % off, and a percentage is either figure
-        ("10 or 100", "100", True, False),
-        ("1/0", "100", True, False),
-        ("the blue bars", "Blue bar", True, True),
-        ("", "5", True, False),
-    ],
-)
+@pytest.mark.parametrize("answer, gold, relaxed, right", RELAXED)
 def test_relaxed_accuracy_allows_a_number_to_be_five_percent_off(answer, gold, relaxed, right):
     row = Row("", "1", "How many?", gold, [], relaxed=relaxed)
     assert rewards.is_right(answer, row) is right
 
 
-def test_scores_hold_interval_shares_and_categories():
+def test_scores_hold_interval_shares_and_categories_and_a_table_shows_them():
     rows = [Row("", answer, "q", answer, [], category=name) for answer, name in ("1b", "2a", "3b")]
     parts, nothing = {"keyword": 0.5, "clip": 0.25, "format": 1.0}, {"format": 0.0}
     given = [(["1", "1"], [parts] * 2), (["2", "5"], [parts, nothing]), (["9", "9" * 61], [nothing] * 2)]
@@ -830,123 +631,80 @@ def test_scores_hold_interval_shares_and_categories():
     expected = dict(n=3, responses_each=2, accuracy=0.5, interval_95=[0.1253, 0.8747], categories=groups)
     expected |= dict(keyword=0.5, clip=0.25, format=0.5, tokens=15, truncated=0.5, extracted=0.8333)
     assert scores == {**expected, "pass@2": 0.6667}
-    assert (
-        not {"pass@1", "pass@2"}
-        & rewards.score_predictions(rows[:1], [{**records[0], "responses": ["1"]}]).keys()
-    )
+    greedy = rewards.score_predictions(rows[:1], [{**records[0], "responses": ["1"], "parts": [nothing]}])
+    table = rewards.evaluation_table({"m": {"greedy": greedy, "sampled": scores}}, "questions").split("\n")
+    assert table[1].split() == "m greedy 1.000 - - 0.000 15.0 0.500 0.206-1.000".split()  # 1 / (1 + z²)
+    assert table[2].split() == "m sampled 0.500 0.500 0.250 0.500 15.0 0.500 0.125-0.875 pass@2 0.667".split()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Measuring commands
+# Measuring commands of the rewards
 
 
-def bench_clip(rounds: int = 5) -> None:
-    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 15 to 45 words), the best of `rounds`. One call
-    each: one picture and one padded text through open_clip for each response."""
+def bench_clip() -> None:
+    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 15 to 45 words), the best of 5."""
     import open_clip
-    from safetensors.torch import save_file
 
     rng, words = (
         random.Random(0),
-        "a the red blue large small circle square is left right of and with two on near".split(),
+        "a the red blue large small circle square is left right of and with".split(),
     )
     texts = [" ".join(rng.choices(words, k=rng.randint(15, 45))) for _ in range(64)]
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
     print("| CLIP | one call each | batched | largest difference |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        data.build_toy_clip(Path(folder, "toy CLIP"), 0, TINY)
-        torch.manual_seed(0)
-        weights = {
-            name: w.contiguous() for name, w in open_clip.create_model("ViT-B-32").state_dict().items()
-        }
-        Path(folder, "ViT-B-32").mkdir()
-        save_file(weights, Path(folder, "ViT-B-32", CLIP_WEIGHTS))
-        config = {"model_cfg": open_clip.get_model_config("ViT-B-32")}
-        Path(folder, "ViT-B-32", CLIP_JSON).write_text(json.dumps(config))
-        for name in ("toy CLIP", "ViT-B-32"):
-            scorer = rewards.ClipScorer(f"local-dir:{Path(folder, name)}")
-
-            @torch.inference_mode()
-            def one_call(image, text):
-                image = scorer.model.encode_image(scorer.preprocess(image)[None], normalize=True)
-                return float(image @ scorer.model.encode_text(scorer.tokenizer([text]), normalize=True).T)
-
-            apart = lambda: [one_call(image, text) for [image], text in zip(lists, texts)]
-            ways = [apart, lambda: scorer.cosines(lists, texts)]
-            seconds, scores = [math.inf] * 2, [[]] * 2
-            for _ in range(int(rounds)):
-                for i, way in enumerate(ways):
-                    clock = time.process_time()
-                    scores[i] = way()
-                    seconds[i] = min(seconds[i], time.process_time() - clock)
+        toy, large = Path(folder, "toy CLIP"), Path(folder, "ViT-B-32")
+        data.build_toy_clip(toy, 0, TINY)
+        save_clip(large, open_clip.create_model("ViT-B-32"), open_clip.get_model_config("ViT-B-32"))
+        for path in (toy, large):
+            scorer, seconds, scores = rewards.ClipScorer(f"local-dir:{path}"), [math.inf] * 2, [[]] * 2
+            for i, way in [(0, one_call_each), (1, rewards.ClipScorer.cosines)] * 5:
+                clock = time.process_time()
+                scores[i] = way(scorer, lists, texts)
+                seconds[i] = min(seconds[i], time.process_time() - clock)
+            batched = f"{seconds[1]:.3g} s ({seconds[0] / seconds[1]:.1f} x)"
             difference = max(abs(a - b) for a, b in zip(*scores))
-            faster = seconds[0] / seconds[1]
-            print(
-                f"| {name} | {seconds[0]:.3g} s | {seconds[1]:.3g} s ({faster:.1f} x) | {difference:.0e} |",
-                flush=True,
-            )
+            print(f"| {path.name} | {seconds[0]:.3g} s | {batched} | {difference:.0e} |", flush=True)
 
 
 def print_hacks() -> None:
-    """What ways of gaming earn, as a Markdown table; stage 1 without CLIP's 0.4."""
     print("| response | stage 1 | stage 2 |\n|---|---|---|")
     for name in HACKS:
-        print(f"| {name} | " + " | ".join(f"{earned:.2f}" for earned in earnings(name)) + " |")
+        print("|", " | ".join([name] + [f"{earned:.2f}" for earned in earnings(name)]), "|")
 
 
-def load_grader(name: str):
-    """(answer, gold, choices) -> bool. Only ours knows choices; math-verify reads LaTeX between dollars."""
+def judge(name: str, answer: str, gold: str, choices=None) -> bool:
+    """A grader's verdict. Only ours knows choices; math-verify reads LaTeX between dollars."""
     if name == "mathruler":
         from mathruler.grader import grade_answer
 
-        return lambda answer, gold, choices=None: grade_answer(answer, gold)
+        return bool(grade_answer(answer, gold))
     if name == "math-verify":
         from math_verify import parse, verify
 
-        dollars = lambda text: text if "$" in text or "\\(" in text or "\\[" in text else f"${text}$"
-        return lambda answer, gold, choices=None: verify(parse(dollars(gold)), parse(dollars(answer)))
-    return rewards.grade
-
-
-def grader_process(name: str, pipe) -> None:
-    """Answers pairs until it is killed, within 8 GiB of address space."""
-    grade = load_grader(name)
-    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-    while True:
-        pair = pipe.recv()
-        try:
-            pipe.send(bool(grade(*pair)))
-        except Exception:  # a verdict, too: the caller gets no reward from it
-            pipe.send(False)
-
-
-def ask(name: str, pairs: list) -> list:
-    """A grader's verdict on each pair; None where it took more than 20 seconds and was killed."""
-    verdicts, process = [], None
-    for pair in pairs:
-        if process is None:
-            pipe, end = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=grader_process, args=(name, end), daemon=True)
-            process.start()
-        pipe.send(pair)
-        verdicts.append(pipe.recv() if pipe.poll(20) else None)
-        if verdicts[-1] is None:
-            process.kill()
-            process = None
-    return verdicts
+        texts = [text if re.search(r"\$|\\[(\[]", text) else f"${text}$" for text in (gold, answer)]
+        return bool(verify(*map(parse, texts)))
+    return rewards.grade(answer, gold, choices)
 
 
 def print_graders() -> None:
-    """The others: pip install mathruler==0.1.0 math-verify==0.9.0 pylatexenc==2.10"""
-    print("| | agree with a person | wrongly accepted | wrongly rejected | hangs | seconds |")
-    print("|---|---|---|---|---|---|")
+    """Of this file and, after pip install mathruler==0.1.0 math-verify==0.9.0 pylatexenc==2.10, of others; each in
+    a process with 8 GiB that is killed if a verdict takes 20 seconds."""
+    print("| | agree with a person | wrongly accepted | wrongly rejected | hangs |\n|---|---|---|---|---|")
     for name in ("pebr", "mathruler", "math-verify"):
-        start = time.perf_counter()
-        answers = list(zip(ask(name, [pair for pair, _ in CLEAR]), [verdict for _, verdict in CLEAR]))
-        seconds, hangs = time.perf_counter() - start, sum(said is None for said, _ in answers)
-        wrong = answers.count((True, False)), answers.count((False, True))
-        agreed = f"{len(CLEAR) - sum(wrong) - hangs} of {len(CLEAR)}"
-        print("|", " | ".join(map(str, [name, agreed, *wrong, hangs, f"{seconds:.1f}"])), "|")
+        pool, counts = None, Counter()
+        for pair, verdict in CLEAR:
+            pool = pool or multiprocessing.Pool(1, resource.setrlimit, (resource.RLIMIT_AS, (2**33, 2**33)))
+            try:
+                counts[pool.apply_async(judge, (name, *pair)).get(20), verdict] += 1
+            except multiprocessing.TimeoutError:
+                pool, counts["hangs"] = pool.terminate(), counts["hangs"] + 1
+            except Exception as error:  # a verdict, too: the caller gets no reward from it
+                if isinstance(error, ImportError):
+                    raise
+                counts[False, verdict] += 1
+        agreed = f"{counts[True, True] + counts[False, False]} of {len(CLEAR)}"
+        print(f"| {name} | {agreed} | {counts[True, False]} | {counts[False, True]} | {counts['hangs']} |")
 
 
 REWARD_COMMANDS = {"clip": bench_clip, "graders": print_graders, "hacks": print_hacks}
@@ -954,8 +712,7 @@ REWARD_COMMANDS = {"clip": bench_clip, "graders": print_graders, "hacks": print_
 # Data
 
 ROW = {"qid": "1", "problem": "<image>Hm?", "answer": "3", "images": ["a.png"], "key_words": ["red dot"]}
-SAID = {"role": "user", "content": "q"}
-REPLY = {"role": "assistant", "content": "### The final answer is: 3"}
+SAID, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "### The final answer is: 3"}
 CHAT = {"messages": [SAID, REPLY], "images": ["a.png"]}
 
 
@@ -991,7 +748,7 @@ BROKEN_ROWS = [  # file, how a good row is changed, and the message
     ("json", {"key_words": [3]}, '"key_words" must be a list of texts'),
     ("json", {"choices": ["1", "2"]}, "answer '3' is none of the choices ['1', '2']"),
     ("json", {"conversations": []}, '"messages" must be those of (system,) user, assistant; roles: None'),
-    ("json", {"messages": [SAID, {**SAID, "role": "assistant"}]}, 'no "answer"'),
+    ("json", {"messages": [SAID, {**REPLY, "content": "3"}]}, 'no "answer"'),
     ("json", {"images": "a.png"}, '"images" must be a list'),
     ("json", {"images": ["a.png", "a.png"]}, "1 <image> marks for 2 pictures"),
     ("json", {"images": ["b.png"]}, "picture b.png is not in"),
@@ -1001,13 +758,9 @@ BROKEN_ROWS = [  # file, how a good row is changed, and the message
     ("json", {"images": ["pipe.png"]}, "or is no regular file"),
     ("tsv", {"image": "7"}, "image cell '7' is no picture, nor the index of one"),
     ("tsv", {"image": "2"}, "image cell '2' is no picture"),  # a link to a link
-    ("tsv", {"image": "", "image_path": "../secret.png"}, "outside the image root"),
-    ("tsv", {"choices": "['a', 'b'"}, LIST),
     ("tsv", {"choices": "[__import__('os').system('true')]"}, LIST),
     ("tsv", {"choices": str(["a"] * 10_000)}, "not too long: ['a', 'a'"),
-    ("tsv", {"answer": "E", "A": "a", "B": "b"}, "answer 'E' is none of the choices ['a', 'b']"),
     ("tsv", {"A": "", "B": "b"}, LIST),
-    ("tsv", {"question": " "}, '"question" is missing'),
 ]
 
 
@@ -1026,14 +779,14 @@ def test_a_broken_row_is_named_with_its_reason_and_the_others_are_kept(kind, cha
     assert problem.startswith(f"rows.{kind} row 1: ") and reason in problem
 
 
-GOOD_ROW, NO_JSON = json.dumps({**ROW, "images": [], "problem": "q"}).encode(), "neither a JSON list nor JSON"
+NO_JSON = "neither a JSON list nor JSON lines, in UTF-8"
+GOOD_ROW = json.dumps({**ROW, "images": [], "problem": "q"}).encode()
 HEADER, CELLS = b"index\timage\tquestion\tanswer\n", b"7\t" + b"A" * 80 + b"\tq\ta"
 FILES = [  # name of the file, its bytes or its maker; the message, or the qids that it has
-    ("rows.json", b"[" + GOOD_ROW + b', {"qid', NO_JSON + " lines, in UTF-8 (Unterminated string"),
-    ("rows.jsonl", GOOD_ROW + b'\n{"qid": "2', "Unterminated string starting at: line 2"),
-    ("rows.json", b"[" * 100_000, NO_JSON + " lines, in UTF-8 (maximum recursion depth"),
-    ("rows.json", b'[{"qid": ' + b"9" * 5000 + b"}]", NO_JSON + " lines, in UTF-8 (Exceeds the limit"),
-    ("rows.json", GOOD_ROW.decode().encode("utf-16"), NO_JSON + " lines, in UTF-8 ('utf-8' codec"),
+    ("rows.jsonl", GOOD_ROW + b'\n{"qid": "2', f"{NO_JSON} (Unterminated string starting at: line 2"),
+    ("rows.json", b"[" * 100_000, "maximum recursion depth"),
+    ("rows.json", b'[{"qid": ' + b"9" * 5000 + b"}]", "Exceeds the limit"),
+    ("rows.json", GOOD_ROW.decode().encode("utf-16"), NO_JSON + " ('utf-8' codec"),
     ("rows.json", b'[1, "x", null]', "row 2: a row must be a JSON object"),
     ("rows\0.json", lambda path: None, "no such file"),
     ("rows.json", os.mkfifo, "not a regular file"),
@@ -1066,11 +819,11 @@ def test_json_and_jsonl_give_the_same_rows_and_pictures_stay_in_the_files_folder
     rows = [ROW, {**ROW, "qid": 2, "answer": 1, "problem": "line\u2028separator", "choices": ["red", "blue"]}]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    one, two = [data.load_rows(str(tmp_path / f"rows.{kind}")) for kind in ("json", "jsonl")]
-    assert [row.raw for row in one[0]] == rows and one[0][0].images == [str(tmp_path / "a.png")]
-    assert [(row.qid, row.answer) for row in one[0]] == [("1", "3"), ("2", "B")]  # an index of an option
-    assert one[0][1].problem == "line\u2028separator\nOptions:\nA. red\nB. blue"
-    assert [vars(row) | {"where": ""} for row in one[0]] == [vars(row) | {"where": ""} for row in two[0]]
+    (one, two), lines = [data.load_rows(str(tmp_path / f"rows.{kind}"))[0] for kind in ("json", "jsonl")]
+    assert lines == [replace(row, where=row.where.replace("json", "jsonl")) for row in (one, two)]
+    assert [one.raw, two.raw] == rows and one.images == [str(tmp_path / "a.png")]
+    assert (one.qid, one.answer, two.qid, two.answer) == ("1", "3", "2", "B")  # an index of an option
+    assert two.problem == "line\u2028separator\nOptions:\nA. red\nB. blue"
     (tmp_path / "own" / "summary.json").write_text('{"image_root": "/"}')
     path = write_rows(tmp_path / "own" / "rows.json", {**ROW, "images": ["../a.png"]}, ROW)
     assert "outside the image root" in data.load_rows(path)[1][0]
@@ -1087,7 +840,7 @@ def test_image_marks_place_the_pictures_and_all_stages_ask_in_the_same_words(tmp
     picture(tmp_path / "a.png")
     own = {**SAID, "content": "Write ### Image Description: first. q"}
     system = {"role": "system", "content": "Be brief."}
-    path = write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": [system, own, CHAT["messages"][1]]})
+    path = write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": [system, own, REPLY]})
     warmup, with_own = data.load_rows(path, need=("answer", "response"))[0]
     [rl], _ = data.load_rows(write_rows(tmp_path / "rl.json", {**ROW, "problem": "q"}))
     assert parts(rl) == parts(warmup) == ["IMG", "Q: q!"] and parts(with_own) == ["IMG", own["content"]]
@@ -1134,36 +887,23 @@ def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path_and_predictions_go
     assert written == [["0", "q", "x\ny", "no.png", "10"], ["1", "q", "x\ny", "", "It is\tx"]]
 
 
-def test_pictures_are_turned_and_brought_into_the_pixel_limits(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, to be shown turned by 90 degrees
-    Image.new("RGB", (400, 100)).save(tmp_path / "a.jpg", exif=exif)
-    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    cases = ("a.jpg", 10**6), ("a.jpg", 10**4), ("b.png", 10**6)
-    sizes = [data.load_image(str(tmp_path / name), limit).size for name, limit in cases]
-    assert sizes == [(100, 400), (50, 200), (24, 24)]
-
-
-def png_header(width, height):
-    """A PNG that says it has that size, and has next to nothing."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
-    number = lambda value: struct.pack(">I", value)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(number(len(c) - 4) + c + number(zlib.crc32(c)) for c in chunks)
+def claimed(side):
+    """A BMP of 8 x 6 pixels that says it has that many on each side."""
+    content = saved("RGB", kind="BMP")
+    return content[:18] + struct.pack("<ii", side, side) + content[26:]
 
 
 RED, GRAY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 6), "blue")]}
 PICTURES = [  # content; the color that it has, or the message
-    (png_header(8, 6), "image file is truncated"),
+    (claimed(9), "image file is truncated"),
+    (claimed(12_000), "12000 x 12000 pixels, more than 67108864: reduce it"),
+    (claimed(30_000), "Image size (900000000 pixels) exceeds limit"),
     (saved("RGB", RED, "EPS"), "cannot identify image file"),  # it is a program
-    (png_header(12_000, 12_000), "12000 x 12000 pixels, more than 67108864: reduce it"),
-    (png_header(30_000, 30_000), "Image size (900000000 pixels) exceeds limit"),
     (saved("I", 70_000, "TIFF"), "mode I has no agreed white"),
     (saved("CMYK", (0, 255, 255, 0), "TIFF"), RED),
     (saved("I;16", 32_896), GRAY),  # 32,896 / 257; Pillow's own conversion clips it to white
     (saved("RGB", RED, "GIF", **FRAMES), RED),
-    (saved("RGBA", (255, 0, 0, 0)), WHITE),
     (saved("LA", (1, 127)), GRAY),  # half transparent: 1 * 127 / 255 + 255 * 128 / 255 = 128.5, cut off
     (saved("P", 0, transparency=0), WHITE),
     (saved("RGB", RED, transparency=RED), WHITE),
@@ -1181,6 +921,14 @@ def test_a_picture_is_read_as_people_see_it_or_says_why_not(content, expected, t
         else:
             with pytest.raises(DataError, match="^picture .* is not readable .*" + re.escape(expected)):
                 data.load_image(path, 10**6)
+
+
+def test_pictures_are_turned_and_brought_into_the_pixel_limits(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, to be shown turned by 90 degrees
+    for side, limit, shown in ((100, 10**6, (100, 400)), (100, 10**4, (50, 200)), (1, 10**6, (12, 48))):
+        (tmp_path / "a").write_bytes(saved("RGB", 0, "JPEG", (4 * side, side), exif=exif))
+        assert data.load_image(str(tmp_path / "a"), limit).size == shown
 
 
 def test_the_papers_warmup_filters_drop_and_count(tmp_path):
@@ -1201,37 +949,36 @@ def mutated(rng, blob):
     return blob[:a] + new + blob[a + n :]
 
 
-def load_random_rows(rng, folder):
+def load_random_rows(rng, path):
     columns = {"index": "1", "question": "q", "answer": "A", "image_path": "a.png", "options": ["x", "y"]}
     rows = [dict(row) for row in rng.sample([ROW, {**ROW, "choices": ["3"]}, CHAT, columns], 2)]
     rows[0] |= {name: rng.choice(VALUES) for name in rng.sample([*rows[0], "image", "A", "hint"], 2)}
-    path = folder / rng.choice(["rows.json", "rows.jsonl", "rows.tsv"])
     if path.suffix == ".tsv":
         rows = [{k: str(v).encode("utf-8", "replace").decode() for k, v in row.items()} for row in rows]
     write_rows(path, *rows)
     if rng.random() < 0.5:
         path.write_bytes(mutated(rng, path.read_bytes()))
-    good = []
     with suppress(DataError):
-        good, _ = data.load_rows(str(path), need=rng.choice([(), ("answer", "key_words"), ("response",)]))
-    for row in good:  # what is accepted can be asked and written
-        data.chat_messages(row, data.INSTRUCTION)
-        data.write_tsv_predictions(str(folder / "out"), [row], [{"extracted": ["3"], "responses": ["3"]}])
-    return bool(good)
+        return data.load_rows(str(path), need=rng.choice([(), ("answer", "key_words"), ("response",)]))[0]
+    return []
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
 def test_random_input_ends_in_data_errors_and_nothing_else(tmp_path):
     picture(tmp_path / "a.png")
-    assert 20 < sum(load_random_rows(random.Random(i), tmp_path) for i in range(200)) < 180
+    blobs = [saved("P", 1), saved("CMYK", kind="JPEG"), saved("P", 1, "GIF"), saved("RGBA", kind="WEBP")]
+    files, accepted = ["rows.json", "rows.jsonl", "rows.tsv"], 0
     for i in range(200):
         rng = random.Random(i)
-        content = saved(
-            *rng.choice([("P", 1, "PNG"), ("CMYK", 0, "JPEG"), ("P", 1, "GIF"), ("RGBA", 0, "WEBP")])
-        )
-        (tmp_path / "file").write_bytes(mutated(rng, content))
+        (tmp_path / "file").write_bytes(mutated(rng, blobs[i % 4]))
         with suppress(DataError):
             assert data.load_image(str(tmp_path / "file"), 10**4).size
+        rows = load_random_rows(rng, tmp_path / rng.choice(files))
+        accepted += bool(rows)
+        for row in rows:  # what is accepted can be asked and written
+            data.chat_messages(row, data.INSTRUCTION)
+            data.write_tsv_predictions(f"{tmp_path}/out", [row], [{"extracted": ["3"], "responses": ["3"]}])
+    assert 20 < accepted < 180
 
 
 def test_the_toy_world_follows_from_its_seed_and_is_made_once(toy, tmp_path):
@@ -1242,7 +989,7 @@ def test_the_toy_world_follows_from_its_seed_and_is_made_once(toy, tmp_path):
     (tmp_path / "toy" / "sft.json").unlink()
     data.build_toy_world(str(tmp_path / "toy"), 0, TINY)
     assert not (tmp_path / "toy" / "sft.json").exists()  # a complete folder is left alone
-    with pytest.raises(DataError, match="was made with --seed 0, not 1"):
+    with pytest.raises(DataError, match="was made with --seed 0 "):
         data.build_toy_world(str(tmp_path / "toy"), 1, TINY)
 
 
@@ -1250,815 +997,467 @@ def test_the_toy_world_follows_from_its_seed_and_is_made_once(toy, tmp_path):
 # Advantages and loss
 
 
-@pytest.mark.parametrize(
-    "rewards, advantages",
-    [
-        ([0.0, 1.0, 2.0], [-1.0, 0.0, 1.0]),  # mean 1, unbiased std 1
-        ([0.0, 0.0, 0.0, 1.0], [-0.5, -0.5, -0.5, 1.5]),  # mean 1/4, std 1/2
-        (
-            [0.1 + 0.2 + 0.4] * 7 + [0.7000001],
-            [0.0] * 8,
-        ),  # tied but for float noise, which eps 1e-6 would blow up
-    ],
-)
-def test_group_advantages_are_normalized_with_the_unbiased_std_and_exactly_zero_in_a_tied_group(
-    rewards, advantages
-):
-    got = pebr.group_advantages(torch.tensor([rewards]))
-    torch.testing.assert_close(got, torch.tensor([advantages]), atol=1e-5, rtol=0)
-    assert got.ne(0).tolist() == torch.tensor([advantages]).ne(0).tolist()  # zeros are exact
+def test_advantages_use_the_unbiased_std_and_are_exactly_zero_in_a_tied_group():
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.7, 0.7, 0.7, 0.7000001]])
+    spread, tied = pebr.group_advantages(rewards).tolist()
+    assert spread == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-5)  # mean 1/4, unbiased std 1/2
+    assert tied == [0.0] * 4  # tied but for float noise, which eps 1e-6 would blow up
 
 
-def test_k3_is_zero_at_equality_never_negative_and_clamped_as_in_the_authors_code():
+def test_k3_is_never_negative_clamped_as_in_the_authors_code_and_added_with_its_coefficient():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pebr.k3_kl(x, x), torch.zeros(1000)) and (pebr.k3_kl(x, x.roll(1)) >= 0).all()
     d = torch.tensor([8.0, 2.0, -8.0, -40.0], requires_grad=True)  # reference - policy
     kl = pebr.k3_kl(torch.zeros(4), d)
-    torch.testing.assert_close(kl, torch.tensor([10.0, math.exp(2) - 3, math.exp(-8) + 7, 10.0]))
+    assert kl.tolist() == pytest.approx([10.0, math.exp(2) - 3, math.exp(-8) + 7, 10.0])
     assert torch.autograd.grad(kl.sum(), d)[0].ne(0).tolist() == [False, True, True, False]
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    loss, metrics = pebr.grpo_loss(zero, zero, one, torch.zeros(1), one, 1, Config(kl_coef=0.5))
+    assert loss.item() == pytest.approx(0.5 * (math.e - 2)) == 0.5 * metrics["kl"].item()  # exp(1) - 1 - 1
 
 
 @pytest.mark.parametrize(
-    "ratio, advantage, loss, gradient_flows",
+    "ratio, advantage, loss, counted",
     [
-        (1.0, 1.0, -1.0, True),
-        (1.4, 1.0, -1.3, False),  # clipped at 1 + 0.3
-        (0.7, 1.0, -0.7, True),  # a good token that has become unlikely may recover
-        (0.7, -1.0, 0.8, False),  # clipped at 1 - 0.2
-        (1.4, -1.0, 1.4, True),  # a bad token that has become likely is pushed back
-        (5.0, -1.0, 3.0, False),  # dual clip
-        (5.0, 1.0, -1.3, False),  # dual clip is for negative advantages only
+        (1.0, 1.0, -1.0, ""),
+        (1.4, 1.0, -1.3, "clipped_high"),  # clipped at 1 + 0.3
+        (0.7, 1.0, -0.7, ""),  # a good token that has become unlikely may recover
+        (0.7, -1.0, 0.8, "clipped_low"),  # clipped at 1 - 0.2
+        (1.4, -1.0, 1.4, ""),  # a bad token that has become likely is pushed back
+        (5.0, -1.0, 3.0, "clipped_dual"),
+        (5.0, 1.0, -1.3, "clipped_high"),  # dual clip is for negative advantages only
     ],
 )
-def test_the_ratio_is_clipped_only_on_the_right_side_of_each_sign(ratio, advantage, loss, gradient_flows):
+def test_the_ratio_is_clipped_only_on_the_right_side_of_each_sign(ratio, advantage, loss, counted):
     logprobs, one = torch.tensor([[math.log(ratio)]], requires_grad=True), torch.ones(1, 1)
     old, adv = torch.zeros(1, 1), torch.tensor([advantage])
-    value, metrics = pebr.grpo_loss(logprobs, old, None, adv, one, 1, Config(kl_coef=0))
+    value, metrics = pebr.grpo_loss(logprobs, old, None, adv, one, 1, Config())
     value.backward()
-    assert value.item() == pytest.approx(loss) and (logprobs.grad.abs().item() > 0) == gradient_flows
-    clipped = [name for name, share in metrics.items() if name.startswith("clipped") and share]
-    sides = {
-        "clipped_low": ratio < 0.8 and advantage < 0,
-        "clipped_high": ratio > 1.3 and advantage > 0,
-        "clipped_dual": ratio > 3 and advantage < 0,
-    }
-    assert clipped == [name for name, side in sides.items() if side]
+    assert value.item() == pytest.approx(loss) and (logprobs.grad.item() == 0) == bool(counted)
+    assert [name for name in metrics if "clipped" in name and metrics[name]] == counted.split()
 
 
-def test_kl_is_added_with_its_coefficient():
-    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
-    loss, metrics = pebr.grpo_loss(zero, zero, one, torch.zeros(1), one, 1, Config(kl_coef=0.5))
-    assert metrics["kl"].item() == pytest.approx(math.e - 2)  # exp(1) - 1 - 1
-    assert loss.item() == pytest.approx(0.5 * (math.e - 2))
+def grpo_step(policy, rollouts, cfg, folder, reference=None):
+    """One step of the real loop on these rollouts, in groups of three with rewards 1, 0 and 0.5. Returns the
+    gradients of its last update, which changes no weight, and the line of metrics."""
+    gradients, rows = {}, [r.prompt.row for r in rollouts[::3]]
 
+    def catch(params, lr, weight_decay, fused):
+        optimizer, named = torch.optim.SGD(params, lr), list(policy.model.named_parameters())
+        optimizer.step = lambda *_: gradients.update({n: p.grad for n, p in named if p.grad is not None})
+        return optimizer
 
-def grpo_step(policy, rollouts, rewards, cfg, folder, reference=None):
-    """One step of the real loop on these rollouts, groups of three, with these rewards: (gradients of its last update,
-    metrics line). The weights stay as they are unless the optimizer is not `Still`."""
-    caught = {}
-
-    class Still(torch.optim.SGD):
-        def __init__(self, params, lr, weight_decay, fused):
-            super().__init__(params, lr)
-
-        def step(self, closure=None):
-            caught.update(
-                {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
-            )
-
-    rows = [r.prompt.row for r in rollouts[::3]]
-    cfg = replace(cfg, stage="reasoning", group_size=3, batch_size=len(rows), max_steps=1, grad_clip_norm=1e9)
-    cfg = cfg if cfg.update_batch_size < len(rows) else replace(cfg, update_batch_size=len(rows))
+    cfg = replace(cfg, stage="reasoning", batch_size=len(rows), grad_clip_norm=1e9, group_size=3, max_steps=1)
+    given = dict(load_policy=policy, load_reference=reference, grpo_rows=rows, generate_rollouts=rollouts)
+    given["score_rollouts"] = [{"accuracy": reward, "format": 0.0} for reward in [1.0, 0.0, 0.5] * len(rows)]
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Still)
-        patch.setattr(pebr, "load_policy", lambda *_: policy)
-        patch.setattr(pebr, "load_reference", lambda *_: reference)
-        patch.setattr(pebr, "grpo_rows", lambda *_: rows)
-        patch.setattr(pebr, "generate_rollouts", lambda *_: rollouts)
-        patch.setattr(
-            pebr, "score_rollouts", lambda *_: [{"accuracy": float(r), "format": 0.0} for r in rewards]
-        )
+        patch.setattr(torch.optim, "AdamW", catch)
+        for name, value in given.items():
+            patch.setattr(pebr, name, lambda *_, value=value: value)
         pebr.train_grpo(cfg, folder)
-    return caught, pebr.read_jsonl(folder / "metrics.jsonl")[-1]
+    return gradients, pebr.read_jsonl(folder / "metrics.jsonl")[-1]
 
 
 def grouped_rollouts(policy, cfg, tmp_path):
-    """Ragged groups of three: two picture sizes, no picture, two pictures; one-token responses, a truncated group."""
-    words = ("red", "How many red objects ?", "all left", "blue")
+    """Ragged groups of three: one picture, none, two; one-token responses; a truncated group."""
+    words = ("red", "How many red objects are there ?", "all left", "blue")
     prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None, (84, 84)), words=words)
     images = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (84, 56))]
     prompts.append(pebr.encode_prompt(policy, Row("", "2", "red <image> and blue <image>", "1", images), cfg))
     generator, rollouts = torch.Generator().manual_seed(1), []
     for i, length in enumerate([9, 1, 4, 7, 3, 2, 5, 5, 5, 1, 1, 1, 12, 12, 12]):
-        tokens = torch.randint(
-            8, 20, (length,), generator=generator
-        )  # words, in every vocabulary of these tests
+        tokens = torch.randint(10, 20, (length,), generator=generator)
         rollouts.append(Rollout(prompts[i // 3], tokens, "", length == 12, torch.zeros(length)))
     return rollouts
 
 
-REWARDS = [1, 0, 0.5] * 5
-
-
-def test_one_and_four_ragged_micro_batches_give_equal_gradients(policy, cfg, tmp_path):
-    rollouts, reference = grouped_rollouts(policy, cfg, tmp_path), copy.deepcopy(policy)
-    reference.model.lm_head.weight.data *= 1.2
-    of = lambda size: grpo_step(
-        policy, rollouts, REWARDS, replace(cfg, micro_batch_size=size), tmp_path / "s", reference
-    )
-    (whole, line), (parts, other) = of(15), of(4)
-    assert max(g.abs().max() for g in whole.values()) > 1e-3 and line["kl"] > 1e-4
-    assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], atol=1e-6, rtol=1e-4)
-
-
-def test_the_first_update_has_ratio_one_and_later_ones_the_samplers_logprobs(
-    policy, cfg, tmp_path, monkeypatch
-):
-    """Two updates of two and a half groups each; the sampler's log-probs are off by log 1.25, within the clip."""
-    rollouts, seen, loss = grouped_rollouts(policy, cfg, tmp_path)[:12], [], pebr.grpo_loss
+def test_only_the_first_updates_old_logprobs_are_its_own(policy, cfg, tmp_path, monkeypatch):
+    """Its ratio is exactly one. The second one's are the sampler's, off by log 1.25 here, within the clip."""
+    rollouts, ratios, loss = grouped_rollouts(policy, cfg, tmp_path)[:12], [], pebr.grpo_loss
     with torch.no_grad():
         logprobs, _, _ = policy(rollouts, cfg.temperature)
     for rollout, row in zip(rollouts, logprobs):
         rollout.old_logprobs = row[: len(rollout.tokens)] - math.log(1.25)
-    spy = lambda logprobs, old, *rest: (
-        seen.append((logprobs - old)[rest[2].bool()].detach()) or loss(logprobs, old, *rest)
-    )
+    ratio = lambda new, old, ref, adv, mask, *rest: (new - old)[mask.bool()].exp().tolist()
+    spy = lambda *values: ratios.append(ratio(*values)) or loss(*values)
     monkeypatch.setattr(pebr, "grpo_loss", spy)
     cfg = replace(cfg, update_batch_size=2, micro_batch_size=6)
-    gradients, metrics = grpo_step(policy, rollouts, REWARDS[:12], cfg, tmp_path / "s")
-    first, second = seen
-    assert torch.equal(first, torch.zeros_like(first))  # exactly
-    torch.testing.assert_close(second.exp(), torch.full_like(second, 1.25), atol=1e-4, rtol=0)
+    gradients, metrics = grpo_step(policy, rollouts, cfg, tmp_path / "s")
+    first, second = ratios
+    assert set(first) == {1.0} and second == pytest.approx([1.25] * len(second), abs=1e-4)
     assert metrics["sampler_gap"] == pytest.approx(math.log(1.25), abs=1e-4)
     assert max(g.abs().max() for g in gradients.values()) > 1e-3
 
 
-def test_a_non_finite_loss_skips_the_update_and_is_counted(policy, cfg, tmp_path):
-    rollouts = grouped_rollouts(policy, cfg, tmp_path)[:3]
-    policy.model.lm_head.weight.data[0, 0] = float("nan")
-    gradients, metrics = grpo_step(policy, rollouts, [1, 0, 0.5], replace(cfg, kl_coef=0.0), tmp_path / "s")
-    assert gradients == {} and metrics["skipped_updates"] == 1 and metrics["loss"] == "nan"
+def test_a_non_finite_gradient_skips_the_update_and_is_counted(policy, cfg, tmp_path):
+    policy.model.lm_head.weight.register_hook(lambda gradient: gradient + math.inf)
+    gradients, metrics = grpo_step(policy, grouped_rollouts(policy, cfg, tmp_path), cfg, tmp_path / "s")
+    assert gradients == {} and (metrics["skipped_updates"], metrics["grad_norm"]) == (1, "inf")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rollouts and log-probs
-
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava")
+# Prompts, rollouts and log-probs
 
 
-@pytest.fixture(scope="session")
-def families(tmp_path_factory):
-    """A tiny random model folder of each fast family, and of one that takes the plain path."""
+@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"])
+def family(request, toy, tmp_path_factory):
+    """A random model folder of each fast family, and of llava, which takes the plain path."""
     import transformers as hf
 
-    folder = tmp_path_factory.mktemp("families")
-    toy = data.toy_processor("user assistant red blue and How many objects ? all left".split())
-    tokenizer, images, videos = toy.tokenizer, toy.image_processor, toy.video_processor
-    names = ("endoftext", "im_end", "image_pad", "video_pad", "vision_start", "vision_end")
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
-    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.125,
-                bos_token_id=0, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    marks = {f"{name}_token_id": ids[token] for name, token in
-             (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}  # fmt: skip
-    vision = dict(hidden_size=64, num_heads=4, initializer_range=0.125, depth=2)
-    wide = vision | dict(intermediate_size=128, out_hidden_size=64)
-    ours = {"text_config": {**text, "rope_parameters": rope}, **marks}
-    own = {
-        "qwen2_vl": hf.Qwen2VLConfig(**ours, vision_config={**vision, "embed_dim": 64, "mlp_ratio": 2}),
-        "qwen2_5_vl": hf.Qwen2_5_VLConfig(**ours, vision_config={**wide, "fullatt_block_indexes": [1]}),
-        "qwen3_vl": hf.Qwen3VLConfig(**ours, vision_config={**wide, "deepstack_visual_indexes": [0], "patch_size": 14,
-                                                            "num_position_embeddings": 64}),
-        "llava": hf.LlavaConfig(
-            text_config=hf.LlamaConfig(**text), image_token_id=ids["image_pad"], image_seq_length=4,
-            vision_config=hf.CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                              num_attention_heads=4, image_size=28, patch_size=14)),
-    }  # fmt: skip
-    qwen = dict(chat_template=data.CHAT_TEMPLATE)
-    square = {"height": 28, "width": 28}
-    processors = {
-        "qwen2_vl": hf.Qwen2VLProcessor(images, tokenizer, videos, **qwen),
-        "qwen2_5_vl": hf.Qwen2_5_VLProcessor(images, tokenizer, videos, **qwen),
-        "qwen3_vl": hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(), **qwen),
-        "llava": hf.LlavaProcessor(
-            hf.CLIPImageProcessor(size=square, crop_size=square), tokenizer, patch_size=14, image_token="<|image_pad|>",
-            vision_feature_select_strategy="default", num_additional_image_tokens=1, **qwen),
-    }  # fmt: skip
-    for kind in FAMILIES:
-        torch.manual_seed(0)
-        model = hf.AutoModelForImageTextToText.from_config(own[kind])
-        model.generation_config.eos_token_id = ids["im_end"]
-        model.save_pretrained(folder / kind)
-        processors[kind].save_pretrained(folder / kind)
+    kind, processor = request.param, hf.AutoProcessor.from_pretrained(toy / "model")
+    toys = json.loads((toy / "model" / "config.json").read_text())
+    text, marks = toys["text_config"] | {"head_dim": 16}, {k: toys[k] for k in pebr.MARK_IDS if k in toys}
+    del text["model_type"]
+    vision = dict(hidden_size=64, intermediate_size=128, initializer_range=0.125, patch_size=14)
+    if kind == "llava":
+        text, sides, marks["image_seq_length"] = hf.LlamaConfig(**text), dict(height=28, width=28), 4
+        vision = hf.CLIPVisionConfig(**vision, num_hidden_layers=2, num_attention_heads=4, image_size=28)
+        own = dict(patch_size=14, image_token="<|image_pad|>", num_additional_image_tokens=1)
+        own |= dict(vision_feature_select_strategy="default", chat_template=data.CHAT_TEMPLATE)
+        images = hf.CLIPImageProcessor(size=sides, crop_size=sides)
+        processor = hf.LlavaProcessor(images, processor.tokenizer, **own)
+    else:
+        vision |= dict(depth=2, num_heads=4, out_hidden_size=64, embed_dim=64, mlp_ratio=2)
+        vision |= dict(num_position_embeddings=64, fullatt_block_indexes=[1], deepstack_visual_indexes=[0])
+    config = hf.AutoConfig.for_model(kind, text_config=text, vision_config=vision, **marks)
+    torch.manual_seed(0)
+    model, folder = hf.AutoModelForImageTextToText.from_config(config), tmp_path_factory.mktemp("x") / kind
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 
-def generate_logprobs(policy, prompts, n, cfg):
-    """Oracle: sample with transformers' generate; log-probs of the sampled tokens from its own raw logits / T."""
-    batch = pebr.collate(prompts, [], policy.pad_id)
-    out = policy.model.eval().generate(
-        **batch, do_sample=True, temperature=cfg.temperature, top_k=0, num_return_sequences=n, max_new_tokens=8,
-        min_new_tokens=8, suppress_tokens=policy.banned_ids, output_logits=True, return_dict_in_generate=True,
-        pad_token_id=policy.pad_id)  # fmt: skip
-    tokens = out.sequences[:, batch["input_ids"].shape[1] :]
-    logits = torch.stack(out.logits, 1) / cfg.temperature  # (B, C, V)
-    return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+@pytest.fixture
+def policies(family, cfg):
+    """With shared prompts, if the family can, and without."""
+    policies = [pebr.load_policy(str(family), replace(cfg, fast=fast)) for fast in (True, False)]
+    assert [policy.fast for policy in policies] == [family.name != "llava", False]
+    return policies
 
 
-def test_logprobs_equal_the_logits_of_generate(policy, cfg, tmp_path):
-    """Left-padded, two picture sizes and none, times G; then in shuffled micro-batches, each alone, and after a
-    generate of another batch size has left its position state on the model."""
-    torch.manual_seed(0)
-    words = ("red", "How many red objects are there ?", "all left")
-    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=words)
-    tokens, expected = generate_logprobs(policy, prompts, 3, cfg)
-    rollouts = [Rollout(prompts[i // 3], row) for i, row in enumerate(tokens)]
-    assert len({p.inputs["input_ids"].shape[1] for p in prompts}) == 3  # so the batch really was padded
-    order = torch.randperm(9).tolist()
-    for rows in (order[:4], order[4:], *[[i] for i in order]):
-        got, _, mask = policy([rollouts[i] for i in rows], cfg.temperature)
-        assert mask.all() and torch.allclose(got, expected[rows], atol=1e-4)
-        generate_logprobs(policy, prompts[:1], 1, cfg)  # leaves rope_deltas of batch size 1
-
-
-def test_several_pictures_in_one_row_equal_generate_too_and_their_order_matters(policy, cfg, tmp_path):
-    torch.manual_seed(0)
-    images = [picture(tmp_path / "a.png", (56, 56)), picture(tmp_path / "b.png", (84, 112), (0, 0, 200))]
-    problem = "red <image> and blue <image> objects"
-    prompt = pebr.encode_prompt(policy, Row("", "1", problem, "1", images), cfg)
-    swapped = pebr.encode_prompt(policy, Row("", "1", problem, "1", images[::-1]), cfg)
-    tokens, expected = generate_logprobs(policy, [prompt], 2, cfg)
-    got, _, _ = policy([Rollout(prompt, row) for row in tokens], cfg.temperature)
-    other, _, _ = policy([Rollout(swapped, row) for row in tokens], cfg.temperature)
-    assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(other, expected, atol=1e-2)
+def test_sampling_and_training_have_the_logprobs_of_generate(policies, cfg, tmp_path):
+    """Fast decoding attends to the prompts' one cache, padded, while rows and whole prompts leave. Training
+    sees shuffled micro-batches, then each response alone. generate has repeated prompts, and leaves the
+    position state of another batch size on the model."""
+    prompts = [r.prompt for r in grouped_rollouts(policies[0], cfg, tmp_path)][::3]
+    runs = [(prompts, 3, 0.0), (prompts, 3, 3.0), (prompts[2:3], 3, 3.0)]  # greedy; sampled; no picture
+    for batch, n, temperature in [*runs, (prompts, 1, 3.0)]:  # a row leaves with its prompt
+        how = replace(cfg, max_new_tokens=40, temperature=temperature, top_p=0.9)
+        made, expected = (pebr.generate_rollouts(policy, batch, n, how, "") for policy in policies)
+        for i, (a, b) in enumerate(zip(made, expected, strict=True)):
+            assert torch.equal(a.tokens, b.tokens) and a.truncated == b.truncated
+            assert a.prompt is b.prompt is batch[i // n]
+            torch.testing.assert_close(a.old_logprobs, b.old_logprobs, atol=1e-4, rtol=0)
+        assert temperature == 0 or {r.truncated for r in made} == {True, False}  # some left the batch early
+        random.Random(0).shuffle(made)
+        for rows in [*pebr.in_batches(made, 4), *pebr.in_batches(made, 1)]:
+            for policy in policies:
+                logprobs, _, mask = policy(rows, temperature or 1.0)
+                assert mask.sum(1).tolist() == [len(r.tokens) for r in rows]
+                sampled = torch.cat([r.old_logprobs for r in rows])
+                torch.testing.assert_close(logprobs[mask.bool()], sampled, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", FAMILIES[:3])
-def test_shared_prefix_and_plain_forwards_give_equal_logprobs_and_gradients(
-    families, kind, cfg, tmp_path, checkpointing
-):
-    fast, plain = (pebr.load_policy(str(families / kind), replace(cfg, fast=fast)) for fast in (True, False))
-    assert fast.fast and not plain.fast
-    rollouts = grouped_rollouts(fast, cfg, tmp_path)
-    cfg = replace(cfg, micro_batch_size=15, gradient_checkpointing=checkpointing)
-    for fast_values, plain_values in zip(
-        fast(rollouts, 1.2), plain(rollouts, 1.2)
-    ):  # log-probs, entropy, mask
-        assert torch.allclose(fast_values, plain_values, atol=1e-4)
-    gradients, expected = (grpo_step(p, rollouts, REWARDS, cfg, tmp_path / "s")[0] for p in (fast, plain))
-    assert gradients.keys() == expected.keys() and max(g.abs().max() for g in expected.values()) > 1e-2
-    for name in expected:
-        torch.testing.assert_close(gradients[name], expected[name], atol=1e-5, rtol=1e-3)
+def test_shared_prefixes_and_micro_batches_change_no_gradient(checkpointing, policies, cfg, tmp_path):
+    """One row without padding that holds each prompt once, in four ragged micro-batches; plain, in one."""
+    seen, rollouts, reference = [], grouped_rollouts(policies[0], cfg, tmp_path), copy.deepcopy(policies[1])
+    reference.model.lm_head.weight.data *= 1.2
+    look = lambda module, args, inputs: seen.append(inputs["input_ids"].shape)
+    policies[0].model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    for fast, plain in zip(*(policy(rollouts, 1.2) for policy in policies)):  # log-probs, entropy, mask
+        assert torch.allclose(fast, plain, atol=1e-4)
+    prompts = sum(r.prompt.inputs["input_ids"].shape[1] for r in rollouts[::3])
+    row = (1, prompts + sum(len(r.tokens) - 1 for r in rollouts))  # a response's last token is no input
+    assert seen == [row] or not policies[0].fast
+    cfgs = [replace(cfg, micro_batch_size=n, gradient_checkpointing=checkpointing) for n in (4, 15)]
+    steps = [grpo_step(p, rollouts, c, tmp_path / "s", reference) for p, c in zip(policies, cfgs)]
+    (gradients, line), (expected, other) = steps
+    assert line == pytest.approx(other, rel=1e-3, abs=1e-5) and line["kl"] > 1e-4
+    assert max(gradient.abs().max() for name, gradient in expected.items() if "vis" in name) > 1e-2
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("prompts_inside", [5, 15])  # GRPO's groups; the warm-up's, of one response each
-def test_a_micro_batch_is_one_row_without_padding_that_holds_each_prompt_once(
-    policy, cfg, tmp_path, monkeypatch, prompts_inside
-):
-    rollouts, seen = grouped_rollouts(policy, cfg, tmp_path), []
-    if prompts_inside == 15:
-        rollouts = [replace(r, prompt=replace(r.prompt)) for r in rollouts]  # a copy is another group
-    forward = policy.model.base_model.forward
-    monkeypatch.setattr(
-        policy.model.base_model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs)
-    )
-    policy(rollouts, 1.0)
-    whole = sum(r.prompt.inputs["input_ids"].shape[1] for r in rollouts[:: 15 // prompts_inside])
-    completions = sum(len(r.tokens) - 1 for r in rollouts)  # the last token is no input
-    assert len(seen) == 1 and seen[0]["input_ids"].shape == (1, whole + completions)
-
-
-@pytest.mark.parametrize("kind", FAMILIES[:3])
-def test_prefill_once_decodes_the_tokens_of_plain_generate(families, kind, cfg, tmp_path):
-    fast, plain = (pebr.load_policy(str(families / kind), replace(cfg, fast=fast)) for fast in (True, False))
-    prompts = [r.prompt for r in grouped_rollouts(fast, cfg, tmp_path)][::3]
-    for batch in (prompts, prompts[:1], prompts[2:3]):  # padded, alone, no picture in the whole batch
-        for n, temperature in ((1, 0.0), (3, 1.2)):  # greedy and sampled
-            sampling = replace(cfg, max_new_tokens=40, temperature=temperature)
-            made, expected = (pebr.generate_rollouts(p, batch, n, sampling, "") for p in (fast, plain))
-            assert [(r.tokens.tolist(), r.truncated) for r in made] == [
-                (r.tokens.tolist(), r.truncated) for r in expected
-            ]
-            for a, b in zip(made, expected):
-                assert torch.allclose(a.old_logprobs, b.old_logprobs, atol=1e-4)
-
-
-def test_another_family_takes_the_plain_path_and_trains_and_changed_logits_are_refused(
-    families, cfg, tmp_path
-):
-    torch.manual_seed(0)
-    policy = pebr.load_policy(str(families / "llava"), cfg)
-    assert not policy.fast
-    words = ("red", "How many red objects ?", "all left")
-    prompts = prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84), None), words=words)
-    tokens, expected = generate_logprobs(policy, prompts, 3, cfg)
-    got, _, _ = policy([Rollout(prompts[i // 3], row) for i, row in enumerate(tokens)], cfg.temperature)
-    assert torch.allclose(got, expected, atol=1e-4)
-    rollouts = pebr.generate_rollouts(policy, prompts, 3, cfg, "")
-    gradients, _ = grpo_step(policy, rollouts, [1, 0, 0.5] * 3, cfg, tmp_path / "s")
-    assert any("vision" in name and gradient.abs().max() > 0 for name, gradient in gradients.items())
-    shutil.copytree(families / "llava", tmp_path / "capped")
-    config = json.loads((tmp_path / "capped" / "config.json").read_text())
-    config["text_config"]["final_logit_softcapping"] = 30.0
-    (tmp_path / "capped" / "config.json").write_text(json.dumps(config))
+def test_a_model_that_changes_its_logits_is_refused(policy, cfg, tmp_path):
+    policy.model.config.text_config.final_logit_softcapping = 30.0
+    pebr.save_policy(policy, policy, tmp_path)
     with pytest.raises(ConfigError, match="final_logit_softcapping changes its logits"):
-        pebr.load_policy(str(tmp_path / "capped"), cfg)
-
-
-def test_the_samplers_logprobs_are_those_of_the_training_forward(policy, cfg, tmp_path):
-    cfg = replace(cfg, max_new_tokens=40, top_p=0.5, generate_batch_size=3, temperature=3.0)
-    prompts = prompts_of(policy, cfg, tmp_path)
-    rollouts = pebr.generate_rollouts(policy, prompts, 4, cfg, "")
-    assert [r.prompt is prompts[i // 4] for i, r in enumerate(rollouts)] == [True] * 8
-    assert {r.truncated for r in rollouts} == {True, False}  # rows did leave the batch early
-    logprobs, _, _ = policy(rollouts, cfg.temperature)
-    for rollout, expected in zip(rollouts, logprobs):
-        torch.testing.assert_close(rollout.old_logprobs, expected[: len(rollout.tokens)], atol=1e-4, rtol=0)
-        ends = [t for t in rollout.tokens.tolist() if t in policy.end_ids]
-        assert ends == ([] if rollout.truncated else [rollout.tokens[-1].item()])
+        pebr.load_policy(str(tmp_path), cfg)
 
 
 def test_sampled_tokens_have_the_distribution_of_transformers_warpers_and_their_full_logprob():
-    from transformers import SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    generator, draws, ids = torch.Generator().manual_seed(0), 40_000, torch.zeros(1, 1, dtype=torch.long)
+    generator, draws = torch.Generator().manual_seed(0), 40_000
     logits = torch.randn(60, generator=generator) * 2
     for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0)):
-        expected = TemperatureLogitsWarper(temperature)(
-            ids, SuppressTokensLogitsProcessor([3, 7])(ids, logits[None].clone())
-        )
-        expected = (TopPLogitsWarper(top_p)(ids, expected) if top_p < 1 else expected).softmax(-1)[0]
-        noise = torch.rand(draws, 8, generator=generator)
+        expected = logits[None].index_fill(1, torch.tensor([3, 7]), float("-inf"))
+        expected = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, expected))
+        expected, noise = expected.softmax(-1)[0], torch.rand(draws, pebr.NOISE, generator=generator)
         tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), noise, temperature, top_p, [3, 7])
         share = tokens.bincount(minlength=60) / draws
-        assert share[expected == 0].sum() == 0
-        # five standard deviations of a share: 5 * sqrt(p (1 - p) / draws)
+        # five standard deviations of a share, which are 0 where the expected share is
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
-        full = (logits / temperature).log_softmax(-1)  # before ban and top-p
-        torch.testing.assert_close(logprobs, full[tokens])
-    assert (
-        pebr.sample_tokens(logits[None], noise[:1], 0.0, 1.0, [int(logits.argmax())])[0]
-        == logits.topk(2).indices[1]
-    )
+        torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # before top-p
 
 
-def test_a_response_depends_on_seed_and_position_and_not_on_the_batch_it_is_made_in(policy, cfg, tmp_path):
-    prompts = prompts_of(policy, cfg, tmp_path)
-    together = [r.tokens.tolist() for r in pebr.generate_rollouts(policy, prompts, 4, cfg, "a step")]
-    alone = [
-        r.tokens.tolist()
-        for prompt in prompts
-        for r in pebr.generate_rollouts(policy, [prompt], 4, cfg, "a step")
-    ]
-    assert together == alone and len({tuple(tokens) for tokens in together}) > 4
-    assert together != [
-        r.tokens.tolist() for r in pebr.generate_rollouts(policy, prompts, 4, cfg, "another step")
-    ]
-    assert together != [
-        r.tokens.tolist() for r in pebr.generate_rollouts(policy, prompts, 4, replace(cfg, seed=1), "a step")
-    ]
+def test_a_response_depends_on_seeds_and_position_and_not_on_its_batch(policy, cfg, tmp_path):
+    prompts, reseeded = prompts_of(policy, cfg, tmp_path), replace(cfg, seed=1)
+    asked = [(prompts, cfg, "a"), (prompts[:1], cfg, "a"), (prompts[1:], cfg, "a")]
+    asked += [(prompts, reseeded, "a"), (prompts, cfg, "b")]
+    made = [pebr.generate_rollouts(policy, some, 4, how, seed) for some, how, seed in asked]
+    together, first, second, *others = ([r.tokens.tolist() for r in rollouts] for rollouts in made)
+    assert together == first + second and together not in others and len(set(map(str, together))) > 4
 
 
-def test_entropy_is_exact_and_the_mask_counts_tokens(policy, cfg, tmp_path):
-    # A model with a zero head is uniform over its V tokens: entropy log V at every position, at any temperature.
-    policy.model.lm_head.weight.data.zero_()
-    _, entropy, mask = policy(rollouts_of(prompts_of(policy, cfg, tmp_path), [3, 5]), 1.2)
-    assert torch.allclose(entropy[mask.bool()], torch.tensor(math.log(policy.model.lm_head.weight.shape[0])))
-    assert mask.sum(1).tolist() == [3, 5]
-
-
-@pytest.mark.parametrize(
-    "tokens, expected",
-    [
-        ([7, 8, 2, 2, 2], 3),  # pad = end = 2: the first one is kept and trained, the rest is padding
-        ([7, 8, 9, 10, 11], 5),  # truncated
-        ([7, 5, 2, 0, 0], 2),  # any of several end tokens
-        ([2, 2, 2, 2, 2], 1),
-    ],
-)
-def test_the_mask_keeps_the_first_end_token_and_drops_what_follows(tokens, expected):
-    ids = torch.tensor([tokens])
-    [(cut, logprobs)] = pebr.cut_at_end(ids, ids / 10, end_ids=[2, 5])
-    assert cut.tolist() == tokens[:expected] and len(logprobs) == expected
-
-
-def test_decode_attention_is_attention_to_the_repeated_prompt_and_to_the_own_tokens():
-    """2 prompts (one with padding) x 3 rows, two heads for each key head; rows and a whole prompt leave on the way."""
-    torch.manual_seed(0)
-    shapes = ((2, 2, 5), (2, 2, 5), (6, 4, 9), (6, 2, 9), (6, 2, 9))
-    prompt_keys, prompt_values, query, keys, values = (torch.randn(*shape, 8) for shape in shapes)
-    prompt, bias, alive = torch.tensor([0, 0, 0, 1, 1, 1]), torch.zeros(2, 1, 1, 5), torch.arange(6)
-    bias[1, ..., :2] = float("-inf")
-    cache = pebr.GroupCache(
-        [(prompt_keys, prompt_values)], bias, 3, torch.arange(6), [(torch.zeros(6, 2, 9, 8),) * 2]
-    )
-    cache.own = [(torch.zeros(6, 2, 9, 8), torch.zeros(6, 2, 9, 8))]
-    for t in range(9):
-        if t in (3, 7):
-            going = (
-                torch.tensor([0, 2, 3, 5]) if t == 3 else torch.tensor([2, 3])
-            )  # rows 1 and 4 leave, then 0 and 2
-            cache.keep(going)
-            alive = alive[going]
-        cache.step, now = t, slice(t, t + 1)
-        got = pebr.decode_attention(
-            query[alive, :, now], keys[alive, :, now], values[alive, :, now], 0.3, cache, 0
-        )
-        expected = F.scaled_dot_product_attention(
-            query[alive, :, now],
-            torch.cat([prompt_keys[prompt], keys[:, :, : t + 1]], 2)[alive],
-            torch.cat([prompt_values[prompt], values[:, :, : t + 1]], 2)[alive],
-            attn_mask=F.pad(bias[prompt], (0, t + 1))[alive],
-            scale=0.3,
-            enable_gqa=True,
-        )
-        torch.testing.assert_close(got, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
-    assert alive.tolist() == [3, 5] and len(cache.bias) == len(cache.prompts[0][0]) == 1  # prompt 0 is gone
+def test_the_mask_keeps_the_first_end_token_and_drops_what_follows():
+    ids = torch.tensor([[7, 8, 2, 2, 2], [7, 8, 9, 10, 11], [7, 5, 2, 0, 0], [2, 2, 2, 2, 2]])
+    cut = pebr.cut_at_end(ids, ids / 10, end_ids=[2, 5])  # the padding is an end token, too
+    assert [len(tokens) for tokens, _ in cut] == [3, 5, 2, 1]  # the second one is truncated
+    assert all(torch.equal(row[: len(t)], t) and torch.equal(t / 10, p) for row, (t, p) in zip(ids, cut))
 
 
 def test_a_decoding_step_does_not_round_its_scores_before_the_softmax():
-    """Values are one-hot, so the output is the attention weights. Scores of up to some 100, as trained models have."""
+    """Values are one-hot, so the output is the attention weights. Scores of some 100, as trained ones."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
-    keys, query, one_hot = normal(1, 1, 16, 64), 40 * normal(8, 4, 1, 64), torch.eye(32, dtype=torch.bfloat16)
-    own = [(torch.zeros(8, 1, 2, 64).bfloat16(), torch.zeros(8, 1, 2, 32).bfloat16())]
+    keys, query, new_key = normal(1, 1, 16, 64), 40 * normal(8, 4, 1, 64), normal(8, 1, 1, 64)
+    one_hot, own = torch.eye(32).bfloat16(), tuple(torch.zeros(8, 1, 2, n).bfloat16() for n in (64, 32))
     prompts = [(keys, one_hot[None, None, :16])]
-    cache, new_key = (
-        pebr.GroupCache(prompts, torch.zeros(1, 1, 1, 16), 8, torch.arange(8), own),
-        normal(8, 1, 1, 64),
-    )
+    cache = pebr.GroupCache(prompts, torch.zeros(1, 1, 1, 16), 8, torch.arange(8), [own])
     with torch.autocast("cpu", torch.bfloat16):
-        got = pebr.decode_attention(query, new_key, one_hot[16].expand(8, 1, 1, 32), 0.125, cache, 0)[
-            :, 0, :, :17
-        ]
+        got = pebr.decode_attention(query, new_key, one_hot[16].expand(8, 1, 1, 32), 0.125, cache, 0)
     scores = 0.125 * query.double() @ torch.cat([keys.expand(8, 1, 16, 64), new_key], 2).double().mT
     assert 50 < scores.abs().max() < 300
-    variation = (got.double() - scores.softmax(-1)[:, :, 0]).abs().sum(-1) / 2
+    variation = (got[:, 0, :, :17].double() - scores.softmax(-1)[:, :, 0]).abs().sum(-1) / 2
     assert variation.max() < 0.004  # bf16 weights; rounded scores gave 0.1
 
 
 def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg, tmp_path):
-    """Row r of 16 ends with its token r + 1. noise tells choose which row is which."""
-    noise, sizes, end = torch.zeros(16, 16, 8), [], policy.end_ids[0]
-    noise[:, :, 0], noise[:, :, 1] = torch.arange(16.0)[:, None], torch.arange(16.0)
+    """Row r of 16 ends with its token r + 1. noise tells choose which row is which, and at which token."""
+    rows, seen, end = torch.arange(16.0), [], policy.end_ids[0]
+    noise = torch.stack(torch.meshgrid(rows, rows, indexing="ij"), -1)
+    choose = lambda _, noise: (torch.where(noise[:, 0] == noise[:, 1], end, 20), noise[:, 0])
 
-    def choose(logits, noise):
-        sizes.append(len(logits))
-        return torch.where(noise[:, 0] == noise[:, 1], end, 20), noise[:, 0]
+    def look(module, args, inputs):
+        if cache := inputs.get("group_cache"):
+            seen.append((len(inputs["input_ids"]), len(cache.prompts[-1][0])))
 
+    policy.model.register_forward_pre_hook(look, with_kwargs=True)
     with torch.no_grad():
         responses = pebr.decode(policy, prompts_of(policy, cfg, tmp_path), 8, 16, choose, noise)
     assert [len(tokens) for tokens, _ in responses] == list(range(1, 17))
-    assert all(set(logprobs.tolist()) == {float(row)} for row, (_, logprobs) in enumerate(responses))
-    # 15 of 16 go on: more than 7/8, none leaves; 14: two leave. So on to 8 rows, of which each one is an eighth.
-    assert sizes == [16, 16, 14, 14, 12, 12, 10, 10, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert all(set(logprobs.tolist()) == {row} for row, (_, logprobs) in enumerate(responses))
+    # 15 of 16 go on: more than 7/8, none leaves; 14: two leave. So on to 8 rows, of which each is an eighth.
+    sizes = [16, 14, 14, 12, 12, 10, 10, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert seen == list(zip(sizes, [2] * 7 + [1] * 8))  # the first prompt leaves with the last of its rows
 
 
-def test_under_autocast_weights_are_cast_once_a_rollout_and_caches_are_bf16_and_whole(policy, cfg, tmp_path):
-    from torch.profiler import ProfilerActivity, profile
-
+def test_autocast_casts_weights_once_a_rollout_and_attends_in_bf16(policy, cfg, tmp_path, monkeypatch):
+    """The cache is bf16, too, and is made whole. Flash attention does not take float32 beside bf16."""
     policy.end_ids, prompts = [], prompts_of(policy, cfg, tmp_path)
-    head = list(policy.model.get_output_embeddings().weight.shape)
+    inputs, attention = [], pebr.group_attention
+    monkeypatch.setattr(pebr, "group_attention", lambda *x: inputs.extend(x[:3]) or attention(*x))
     most_likely = lambda logits, noise: (logits.argmax(-1), logits[:, 0].float())
-
-    def casts_of_the_head(max_new_tokens):
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                pebr.decode(policy, prompts, 2, max_new_tokens, most_likely, torch.zeros(4, 9, 8))
-        return sum(
-            event.name == "aten::_to_copy" and event.input_shapes[0] == head for event in seen.events()
-        )
-
-    assert casts_of_the_head(9) == casts_of_the_head(3) == 1
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.profiler.profile(record_shapes=True) as seen:
+            pebr.decode(policy, prompts, 2, 9, most_likely, torch.zeros(4, 9, 2))
         _, _, cache = pebr.prefill(policy, prompts, 3, 50)
-    assert {x.dtype for layer in cache.prompts + cache.own for x in layer} == {torch.bfloat16}
-    assert {x.shape[:3] for layer in cache.own for x in layer} == {
-        (6, 2, 50)
-    }  # rows, kv heads, max_new_tokens
+        policy(rollouts_of(prompts, [3, 5]), 1.0)
+    casts = [event.input_shapes[0] for event in seen.events() if event.name == "aten::_to_copy"]
+    assert casts.count(list(policy.model.lm_head.weight.shape)) == 1
+    assert {x.dtype for x in [*inputs, *itertools.chain(*cache.prompts, *cache.own)]} == {torch.bfloat16}
+    assert {x.shape[:3] for layer in cache.own for x in layer} == {(6, 2, 50)}  # rows, kv heads, tokens
 
 
 def test_an_image_token_is_never_sampled(policy, cfg, tmp_path):
-    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    banned = policy.banned_ids
-    assert banned == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names))
+    names, marks = "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>", policy.banned_ids
+    assert marks == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names.split()))
     cfg = replace(cfg, max_new_tokens=60, temperature=50.0, top_p=1.0)  # near uniform over some 80 tokens
     prompts = prompts_of(policy, cfg, tmp_path)
-    marks = lambda: sum(
-        t in banned for r in pebr.generate_rollouts(policy, prompts, 8, cfg, "") for t in r.tokens.tolist()
-    )
-    assert marks() == 0
-    policy.banned_ids = []
-    assert marks() > 0  # without the ban they do come
+    for banned in (marks, []):  # without the ban they do come
+        policy.banned_ids = banned
+        tokens = torch.cat([r.tokens for r in pebr.generate_rollouts(policy, prompts, 8, cfg, "")])
+        assert torch.isin(tokens, torch.tensor(marks)).any() == (banned == [])
 
 
-def test_the_folders_generation_config_does_not_leak_into_rollouts_and_is_kept_on_saving(toy, cfg, tmp_path):
-    from transformers import GenerationConfig
-
+def test_the_folders_generation_config_does_not_leak_and_is_kept_on_saving(toy, cfg, tmp_path):
     cfg = replace(cfg, fast=False, temperature=3.0)
     policy = pebr.load_policy(str(toy / "model"), cfg)
-    of = lambda one: [
-        r.text for r in pebr.generate_rollouts(one, prompts_of(one, cfg, tmp_path)[:1], 8, cfg, "")
-    ]
-    expected = of(policy)  # before the change, which the policy's own model may see, too
+    prompts = prompts_of(policy, cfg, tmp_path)
+    expected = [r.text for r in pebr.generate_rollouts(policy, prompts, 4, cfg, "")]
     policy.saved_generation_config.update(min_new_tokens=7, no_repeat_ngram_size=1, repetition_penalty=1.5)
     pebr.save_policy(policy, policy, tmp_path / "model")
     leaky = pebr.load_policy(str(tmp_path / "model"), cfg)
     assert leaky.end_ids == policy.end_ids and len(leaky.end_ids) == 2
-    assert of(leaky) == expected
-    assert GenerationConfig.from_pretrained(tmp_path / "model").no_repeat_ngram_size == 1
+    assert leaky.saved_generation_config.no_repeat_ngram_size == 1
+    assert [r.text for r in pebr.generate_rollouts(leaky, prompts, 4, cfg, "")] == expected
 
 
-def test_special_tokens_are_not_doubled_and_a_picture_mark_in_a_text_is_refused(policy, cfg, toy, tmp_path):
+def test_special_tokens_are_not_doubled_and_warmup_labels_are_the_response_and_its_end(policy, cfg, toy):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = policy.processor.tokenizer  # made one that adds a begin token by itself
-    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
-    )
-    assert tokenizer("red")["input_ids"][0] == begin
-    ids = prompts_of(policy, cfg, tmp_path)[0].inputs["input_ids"][0].tolist()
-    assert ids.count(begin) == 2  # user and assistant, as in the template
-    [row, *_], _ = data.load_rows(str(toy / "sft.json"))
-    assert begin not in pebr.encode_example(policy, row, cfg).tokens.tolist()
-    with pytest.raises(DataError, match=re.escape("row 7: its text holds <|image_pad|>")):
+    begin = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[begin])
+    for row in data.load_rows(str(toy / "sft.json"))[0][:3]:
+        example = pebr.encode_example(policy, row, cfg)
+        assert example.prompt.inputs["input_ids"][0].tolist().count(begin[1]) == 2  # user and assistant
+        *labels, end = example.tokens.tolist()
+        assert tokenizer.decode(labels).split() == row.response.split() and end == tokenizer.eos_token_id
+    with pytest.raises(DataError, match=r"row 7: its text holds <\|image_pad\|>"):
         pebr.encode_prompt(policy, Row("row 7", "7", "red <|image_pad|>", "1"), cfg)
 
 
-def test_warmup_labels_cover_exactly_the_response_and_its_end(policy, cfg, toy):
-    rows, _ = data.load_rows(str(toy / "sft.json"))
-    examples = [pebr.encode_example(policy, row, cfg) for row in rows[:3]]
-    batch = pebr.collate([e.prompt for e in examples], [e.tokens for e in examples], policy.pad_id)
-    _, _, mask = policy(examples, 1.0)
-    for ids, kept, row in zip(batch["input_ids"][:, -mask.shape[1] :], mask.bool(), rows):
-        *labels, end = ids[kept].tolist()
-        assert policy.processor.tokenizer.decode(labels).split() == row.response.split()
-        assert end == policy.processor.tokenizer.eos_token_id
-
-
 def test_a_frozen_vision_tower_does_not_train_and_has_no_backward_pass(policy, cfg, tmp_path):
-    runs = Counter()
-    visual, decoder = policy.model.base_model.visual, policy.model.base_model.language_model
-    visual.blocks[0].attn.register_forward_hook(lambda *_: runs.update(["vision"]))
-    decoder.layers[0].self_attn.register_forward_hook(lambda *_: runs.update(["text"]))
+    runs, model = Counter(), policy.model.base_model
+    model.visual.blocks[0].attn.register_forward_hook(lambda *_: runs.update(["vision"]))
+    model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: runs.update(["text"]))
     cfg = replace(cfg, freeze_vision=True, gradient_checkpointing=True, micro_batch_size=15)
-    rollouts = grouped_rollouts(policy, cfg, tmp_path)
-    gradients, _ = grpo_step(policy, rollouts, REWARDS, cfg, tmp_path / "s")
+    gradients, _ = grpo_step(policy, grouped_rollouts(policy, cfg, tmp_path), cfg, tmp_path / "s")
     assert runs == {"vision": 1, "text": 2}  # the language model is computed once more in the backward pass
-    assert any("layers.0.mlp" in name for name in gradients) and "lm_head.weight" in gradients
-    assert not any("visual" in name for name in gradients)
+    assert "lm_head.weight" in gradients and not any("visual" in name for name in gradients)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What bf16, real sizes and tied embeddings add
-
-
-@pytest.mark.parametrize("is_fsdp2", [False, True])
-def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(is_fsdp2, toy, cfg, monkeypatch):
-    monkeypatch.setattr(Accelerator, "is_fsdp2", is_fsdp2)
-    if is_fsdp2:
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
-    try:
-        reference = pebr.load_reference(str(toy / "model"), replace(cfg, mixed_precision="bf16"))
-    finally:
-        if is_fsdp2:
-            torch.distributed.destroy_process_group()
-    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(toy, cfg):
     exact = dict(pebr.load_policy(str(toy / "model"), cfg).named_buffers())
+    reference = pebr.load_reference(str(toy / "model"), replace(cfg, mixed_precision="bf16"))
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and "inv_freq" in str(exact.keys())
     for name, buffer in reference.named_buffers():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, exact[name]), name
-    assert any("inv_freq" in name for name in exact)
 
 
 def windows_one_by_one(query, key, value, ends, key_ends, longest, longest_key, scale):
-    """A stand-in for torch's varlen_attn, (patches, heads, dim), which checks what its flash kernel would refuse."""
+    """A stand-in for torch's varlen_attn, (patches, heads, dim)."""
     assert ends.dtype == torch.int32 and ends is key_ends
-    bounds = ends.tolist()
-    assert max(b - a for a, b in itertools.pairwise(bounds)) == longest == longest_key
-    parts = zip(
-        *([x[a:b].transpose(0, 1) for a, b in itertools.pairwise(bounds)] for x in (query, key, value))
-    )
-    return torch.cat([F.scaled_dot_product_attention(*part, scale=scale).transpose(0, 1) for part in parts])
+    sizes = ends.diff().tolist()
+    assert max(sizes) == longest == longest_key
+    parts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (query, key, value)))
+    windows = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+    return torch.cat(windows, 1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("kind", FAMILIES[:3])
-def test_the_vision_tower_attends_in_one_call_a_layer_with_the_values_of_sdpa(
-    families, kind, cfg, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_vision_attention_is_one_call_a_layer_and_equals_sdpa(family, cfg, tmp_path, monkeypatch):
     """Several windows: a call and three host syncs for each would keep a GPU waiting."""
-    policy, grads, calls = pebr.load_policy(str(families / kind), cfg), {}, []
+    policy, found, calls = pebr.load_policy(str(family), cfg), [], []
     prompts = prompts_of(policy, cfg, tmp_path, sizes=((308, 196), (56, 56), (140, 84)))
     batch, visual = pebr.collate(prompts, [], policy.pad_id), policy.model.base_model.visual
-    monkeypatch.setattr(
-        pebr, "varlen_attn", lambda *args, **kw: calls.append(args) or windows_one_by_one(*args, **kw)
-    )
+    count = lambda *args, **scale: calls.append(args) or windows_one_by_one(*args, **scale)
+    monkeypatch.setattr(pebr, "varlen_attn", count)
     for implementation in ("sdpa", "varlen_flash"):
         visual.config._attn_implementation = implementation
         out = visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
-        policy.zero_grad()
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        grads[implementation] = [out, *(p.grad.clone() for p in visual.parameters() if p.grad is not None)]
-    assert len(calls) == len(visual.blocks) == 2 and len(grads["sdpa"]) > 10
-    for expected, got in zip(grads["sdpa"], grads["varlen_flash"], strict=True):
+        found.append([out, *torch.autograd.grad(out.square().sum(), visual.blocks.parameters())])
+    assert len(calls) == len(visual.blocks) == 2
+    for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.fixture(scope="session")
 def tied(toy, tmp_path_factory):
     """The toy's model with tied embeddings, as the real 3B has them."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    folder = tmp_path_factory.mktemp("tied") / "model"
-    shutil.copytree(toy / "model", folder)
-    config = AutoConfig.from_pretrained(folder)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    model.generation_config = type(model.generation_config).from_pretrained(folder)
+    folder = shutil.copytree(toy / "model", tmp_path_factory.mktemp("tied") / "model")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
     model.save_pretrained(folder)
     return folder
 
 
-def test_tied_embeddings_train_as_one_and_are_saved_once(tied, cfg, tmp_path):
-    policy = pebr.load_policy(str(tied), cfg)
-    head, embedding = policy.model.get_output_embeddings().weight, policy.model.get_input_embeddings().weight
-    gradients, _ = grpo_step(policy, grouped_rollouts(policy, cfg, tmp_path), REWARDS, cfg, tmp_path / "s")
-    assert head is embedding and sum(p.shape == head.shape for p in policy.parameters()) == 1
-    embedding.data += 0.1
-    pebr.save_policy(policy, policy, tmp_path / "saved")
-    assert "lm_head.weight" not in weights_of(tmp_path / "saved")
-    again = pebr.load_policy(str(tmp_path / "saved"), cfg)
-    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
-    for (name, p), q in zip(policy.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
-VOCABULARY = 151_936  # of Qwen2.5-VL
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logprobs_and_entropy_over_a_real_vocabulary(dtype, policy, cfg, tmp_path, monkeypatch):
-    """In chunks of 4 of 9 tokens, against float64."""
+def test_a_real_vocabulary_is_scored_and_sampled_as_in_float64(dtype, policy, cfg, tmp_path, monkeypatch):
+    """In chunks of 4 of 9 tokens. The two most likely first tokens are banned."""
     torch.manual_seed(0)
-    policy.model.lm_head = torch.nn.Linear(64, VOCABULARY, bias=False)
+    V, rows, noise = 151_936, torch.arange(9), torch.rand(9, pebr.NOISE)  # V of Qwen2.5-VL
+    policy.model.lm_head = torch.nn.Linear(64, V, bias=False)
     torch.nn.init.normal_(policy.model.lm_head.weight, std=0.5)
     prompt = prompts_of(policy, cfg, tmp_path)[0]  # a response's last token is no input, so it may be any
-    rollouts = [Rollout(prompt, torch.tensor([10, 11, last])) for last in (0, 75_000, VOCABULARY - 1)]
+    rollouts = [Rollout(prompt, torch.tensor([10, 11, last])) for last in (0, 75_000, V - 1)]
     monkeypatch.setattr(pebr, "LOGITS_CHUNK", 4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logprobs, entropy, mask = policy(rollouts, 1.2)
+        logprobs, entropy, _ = policy(rollouts, 1.2)
         logits = policy.model.lm_head(pebr.packed_states(policy, rollouts))
-    assert logits.dtype == dtype and mask.sum() == 9
-    expected = (logits.double() / 1.2).log_softmax(-1)  # (9, V)
-    of_the_ids = expected.gather(1, torch.cat([r.tokens for r in rollouts])[:, None])[:, 0]
-    torch.testing.assert_close(logprobs.double().flatten(), of_the_ids, rtol=0, atol=1e-4)
-    torch.testing.assert_close(
-        entropy.double().flatten(), -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-4
-    )
-    assert logprobs.std() > 0.5 and entropy.std() > 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_are_chosen_from_a_real_vocabulary_as_float64_would(dtype):
-    generator, rows = torch.Generator().manual_seed(0), torch.arange(6)
-    hidden, head = torch.randn(6, 16, generator=generator), torch.randn(16, VOCABULARY, generator=generator)
-    logits, noise, banned = (
-        (hidden @ head).to(dtype),
-        torch.rand(6, 8, generator=generator),
-        [5, VOCABULARY - 1],
-    )
-    logits[:, banned] = logits.amax(-1, keepdim=True) + 1  # the two that the model likes best
-    for temperature, top_p in ((0.0, 1.0), (1.2, 1.0), (1.2, 0.9)):
-        tokens, logprobs = pebr.sample_tokens(logits, noise, temperature, top_p, banned)
-        full = (logits.double() / (temperature or 1.0)).log_softmax(-1)
-        torch.testing.assert_close(logprobs.double(), full[rows, tokens], rtol=0, atol=1e-4)
-        p = full.exp().index_fill(1, torch.tensor(banned), 0.0)
-        p = p / p.sum(-1, keepdim=True)
-        more_likely = torch.where(p > p[rows, tokens, None], p, 0.0).sum(-1)
-        assert (p[rows, tokens] > 0).all() and (more_likely < (top_p if temperature else 0) + 1e-4).all()
-        if (
-            temperature and top_p == 1.0
-        ):  # nothing is refused: the first number of the noise falls on the token
-            cumulated = p.cumsum(-1)[rows, tokens]
-            assert (cumulated > noise[:, 0] - 1e-5).all() and (
-                cumulated - p[rows, tokens] < noise[:, 0] + 1e-5
-            ).all()
+    full = (logits.double() / 1.2).log_softmax(-1)  # (9, V)
+    exact = lambda values, expected: (values.flatten() - expected).abs().max() < 1e-4
+    assert logits.dtype == dtype and logprobs.std() > 0.5 and entropy.std() > 1e-3
+    assert exact(logprobs, full[rows, torch.cat([r.tokens for r in rollouts])])
+    assert exact(entropy, -(full.exp() * full).sum(-1))
+    banned = full[0].topk(2).indices
+    p = full.exp().index_fill(1, banned, 0.0)
+    for temperature, top_p in ((0.0, 0.0), (1.2, 0.9), (1.2, 1.0)):
+        tokens, logprobs = pebr.sample_tokens(logits, noise, temperature, top_p, banned.tolist())
+        more_likely = torch.where(p > p[rows, tokens, None], p, 0.0).sum(-1) / p.sum(-1)
+        assert (p[rows, tokens] > 0).all() and (more_likely < top_p + 1e-4).all()
+    assert exact(logprobs, full[rows, tokens])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A pretended device: what a GPU would refuse, on a machine without one
 
 DEVICE = torch.device("meta")  # "cuda" would make the autograd engine look for a driver
-aten = torch.ops.aten
-COPIES = (aten.copy_.default, aten._to_copy.default)
-INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
-            aten._index_put_impl_.default)  # fmt: skip
-ON_CPU = {aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}  # what only CUDA has
 
 
 class OnDevice(torch.Tensor):
     """A CPU tensor that says it is on DEVICE, and does not meet CPU tensors."""
 
+    is_cuda = True  # for pebr.py, which has its own kernels for CUDA
+    tolist = lambda self: self.elem.tolist()
+
     @staticmethod
     def __new__(cls, elem):
         same = dict(strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype)
-        make = torch.Tensor._make_wrapper_subclass
-        return make(cls, elem.size(), **same, device=DEVICE, requires_grad=elem.requires_grad)
-
-    def __init__(self, elem):
-        self.elem = elem
-
-    def __setitem__(self, key, value):  # torch would send a list of indices to the real meta device
-        key = key if isinstance(key, tuple) else (key,)
-        super().__setitem__(tuple(torch.tensor(k) if isinstance(k, list) else k for k in key), value)
-
-    is_cuda = True  # for pebr.py, which has its own kernels for CUDA
-    tolist = lambda self: self.elem.tolist()
-    item = lambda self: self.elem.item()
-    __bool__ = lambda self: bool(self.elem)
-    __int__ = lambda self: int(self.elem)
-    __float__ = lambda self: float(self.elem)
-    __index__ = lambda self: self.elem.__index__()
+        same |= dict(device=DEVICE, requires_grad=elem.requires_grad)
+        made = torch.Tensor._make_wrapper_subclass(cls, elem.size(), **same)
+        made.elem = elem
+        return made
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return on_device(func, args, kwargs or {})
-
-
-def on_device(func, args, kwargs):
-    """Compute on the CPU what belongs on the device. Refuse CPU tensors that are neither numbers nor indices."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    ours = any(isinstance(x, OnDevice) for x in tensors)
-    must_be_ours = tree_leaves((args[:1], args[2:], kwargs)) if func in INDEXING else tensors
-    foreign = [
-        x for x in must_be_ours if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) and x.dim() > 0
-    ]
-    if ours and foreign and func not in COPIES:
-        raise RuntimeError(f"{func}: tensors on the device and on the CPU meet")
-    asked = kwargs.get("device")
-    if asked is not None:
-        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"} | {"device": "cpu"}
-    args_, kwargs_ = tree_map(lambda x: x.elem if isinstance(x, OnDevice) else x, (args, kwargs))
-    out, name = ON_CPU.get(func, func)(*args_, **kwargs_), func.__name__.split(".")[0]
-    if name.endswith("_") and not name.startswith("__"):
-        return args[0]  # in place
-    if func is aten._local_scalar_dense.default or not (
-        ours if asked is None else torch.device(asked) == DEVICE
-    ):
-        return out
-    return tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)
+        """Compute on the CPU; refuse CPU tensors that are neither numbers nor indices."""
+        kwargs, name = kwargs or {}, func.__name__.split(".")[0]
+        ours = any(isinstance(x, OnDevice) for x in tree_leaves((args, kwargs)))
+        checked = tree_leaves((args[:1], args[2:]) if "index" in name else (args, kwargs))
+        foreign = any(type(x) in (torch.Tensor, torch.nn.Parameter) and x.dim() for x in checked)
+        if ours and foreign and "copy" not in name:
+            raise RuntimeError(f"{func}: tensors on the device and on the CPU meet")
+        if asked := kwargs.get("device"):
+            kwargs, ours = kwargs | {"device": "cpu", "pin_memory": False}, asked == DEVICE
+        args_, kwargs_ = tree_map(lambda x: x.elem if isinstance(x, OnDevice) else x, (args, kwargs))
+        if func is torch.ops.aten.bmm.dtype:  # which only CUDA has
+            func, args_ = torch.matmul, [x.to(args_[2]) for x in args_[:2]]
+        out = func(*args_, **kwargs_)
+        if name.endswith("_") and not name.startswith("__"):
+            return args[0]  # in place
+        return tree_map(lambda x: OnDevice(x) if ours and isinstance(x, torch.Tensor) else x, out)
 
 
 class PretendDevice(TorchDispatchMode):
-    _mode_key = (
-        torch._C._TorchDispatchModeKey.FAKE
-    )  # the slot in which torch.zeros(..., device=DEVICE) reaches it
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return on_device(func, args, kwargs or {})
+    _mode_key = torch._C._TorchDispatchModeKey.FAKE  # where torch.zeros(..., device=DEVICE) is seen
+    __torch_dispatch__ = lambda self, *call: OnDevice.__torch_dispatch__(*call)
 
 
 def with_autocast(product):
     """F.linear or the like, in bf16 under autocast, which itself knows nothing of OnDevice."""
-    cast = lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
-
-    def in_bf16(*args, **kwargs):
-        args, kwargs = tree_map(cast, (args, kwargs)) if torch.is_autocast_enabled("cpu") else (args, kwargs)
-        return product(*args, **kwargs)
-
-    return in_bf16
+    wide = lambda x: isinstance(x, torch.Tensor) and x.dtype == torch.float32
+    cast = lambda x: x.bfloat16() if wide(x) and torch.is_autocast_enabled("cpu") else x
+    return lambda *args, **kwargs: product(*map(cast, args), **kwargs)
 
 
 @contextmanager
 def device(where, bf16):
-    """Inside, the run's device is the CPU or DEVICE. Attention takes the kernel that does not ask which device it is."""
-    made_by_torch = torch.tensor
-
-    def tensor(data, *args, device=None, **kwargs):  # torch.tensor(device=...) does not reach the mode
-        data = (
-            [x.tolist() if isinstance(x, torch.Tensor) else x for x in data]
-            if isinstance(data, list)
-            else data
-        )
-        made = made_by_torch(data, *args, **kwargs)
-        return made if device is None else made.to(device)
-
-    mask = lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool, device=where).tril(
-        columns - rows
-    )
+    """Inside, the run's device is the CPU or DEVICE. Attention takes the kernel that does not ask for it."""
+    new = torch.tensor  # which, given a device, does not reach the mode
+    plain = lambda x: x.tolist() if isinstance(x, OnDevice) else x
+    tensor = lambda values, device=None, **how: new(tree_map(plain, values), **how).to(device=device)
+    mask = lambda L, S: torch.ones(L, S, dtype=torch.bool, device=where).tril(S - L)
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
         patch.setattr(Accelerator, "device", where)
-        patch.setattr(
-            Accelerator, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        )
+        patch.setattr(Accelerator, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16, bf16))
         patch.setattr(pebr, "varlen_attn", windows_one_by_one)
         patch.setattr(pebr, "causal_lower_right", mask)  # torch's own is a tensor class without a device
         if where == DEVICE:
@@ -2066,111 +1465,60 @@ def device(where, bf16):
             for name in ("linear", "conv3d", "scaled_dot_product_attention"):
                 patch.setattr(F, name, with_autocast(getattr(F, name)))
         with PretendDevice() if where == DEVICE else nullcontext():
-            yield
+            yield patch
 
 
-def move_inputs(policy, launcher):
-    """What DDP and FSDP2's root do on CUDA before a forward: tensors inside of lists go to the device, objects stay."""
-    for name in {"": (), "DDP": ("forward",), "FSDP2": ("forward", "generate")}[launcher]:
-        method = getattr(policy, name)
-
-        def moved(*args, method=method, **kwargs):
-            (args,), (kwargs,) = _to_kwargs(args, kwargs, DEVICE, False)
-            return method(*args, **kwargs)
-
-        setattr(policy, name, moved)
-
-
-def one_of_each(folder, toy, rows, cfg, where, launcher=""):
-    """A warm-up step and a perception step of the real loops on a device: metrics, samples and weights."""
-    sft = data.load_rows(str(toy / "sft.json"))[0][:4]
-    folder.mkdir()
-    with device(where, cfg.mixed_precision == "bf16"), pytest.MonkeyPatch.context() as patch:
-        load = pebr.load_policy
-        patch.setattr(
-            pebr, "checked_rows", lambda path, cfg, policy, need: sft if "response" in need else rows
-        )
-        patch.setattr(pebr, "load_policy", lambda *args: windowed(load(*args), where, cfg))
-        patch.setattr(
-            pebr, "prepare_training", lambda policy, cfg: move_inputs(policy, launcher) or sgd(policy, cfg)
-        )
-        policies = []
-        for stage, train in (("warmup", pebr.warmup), ("perception", pebr.train_grpo)):
-            (folder / stage).mkdir()
-            settings = replace(cfg, stage=stage, from_model=str(toy / "model"))
-            policies.append(train(settings, folder / stage)[0])
-        lines = [pebr.read_jsonl(folder / stage / "metrics.jsonl")[0] for stage in ("warmup", "perception")]
-        weights = torch.cat([p.detach().cpu().flatten() for policy in policies for p in policy.parameters()])
-    return lines, pebr.read_jsonl(folder / "perception" / "samples.jsonl"), weights
-
-
-def sgd(policy, cfg):
-    if cfg.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable()
-    policy.to(pebr.accelerator.device)
-    return policy.train(), torch.optim.SGD(policy.parameters(), lr=0.1)
-
-
-def windowed(policy, where, cfg):
-    """The vision attention that load_policy takes on CUDA with bf16; the CPU's own is the oracle."""
-    if policy.fast and where == DEVICE and cfg.mixed_precision == "bf16":
-        policy.model.config.vision_config._attn_implementation = "varlen_flash"
-    return policy
-
-
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-@pytest.mark.parametrize("launcher, checkpointing", [("DDP", False), ("FSDP2", True)])
+@pytest.mark.parametrize("mixed_precision, rel, absolute", [("no", 1e-4, 1e-5), ("bf16", 2e-2, 2e-2)])
 @pytest.mark.parametrize("fast", [True, False])
-def test_on_a_pretended_device_everything_is_as_on_the_cpu(
-    fast, launcher, checkpointing, mixed_precision, toy, tmp_path
-):
-    """Inputs are moved as each launcher moves them on CUDA. Pictures of several windows, of one, and none."""
-    flags = dict(run_dir=str(toy.parent), fast=fast, max_new_tokens=8, group_size=3, micro_batch_size=6, batch_size=2,
-                 update_batch_size=1, max_steps=1, gradient_checkpointing=checkpointing, kl_coef=0.5,
-                 mixed_precision=mixed_precision, learning_rate=0.1)  # fmt: skip
-    cfg = replace(pebr.resolve("perception", flags), clip_model="")
-    paths = [picture(tmp_path / "0.png", (168, 140)), picture(tmp_path / "1.png", (56, 56))]
-    rows = [
-        Row(f"row {i}", str(i), "How many red objects are there ?", "1", [path], ["red"])
-        for i, path in enumerate(paths)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pebr.STAGE_REWARDS, "perception", {"length_tokens": 1.0})
-        patch.setattr(
-            pebr,
-            "score_rollouts",
-            lambda rollouts, _: [{"length_tokens": float(r.tokens[0] % 5)} for r in rollouts],
-        )
-        expected = one_of_each(tmp_path / "cpu", toy, rows, cfg, torch.device("cpu"))
-        got = one_of_each(tmp_path / "device", toy, rows, cfg, DEVICE, launcher)
-    assert got[1] == expected[1]  # rollouts, rewards, advantages
-    rel, absolute = (1e-4, 1e-5) if mixed_precision == "no" else (2e-2, 2e-2)
-    for a, b in zip(got[0], expected[0]):
-        assert a == pytest.approx(b, rel=rel, abs=absolute) and b["grad_norm"] > 0.01
-    torch.testing.assert_close(got[2], expected[2], rtol=rel, atol=absolute)
+def test_a_pretended_device_gives_the_cpus_values(fast, mixed_precision, rel, absolute, toy, cfg, tmp_path):
+    """A warm-up and a perception step of the real loops. Pictures of several windows, of one, and none."""
+    cfg = replace(cfg, fast=fast, mixed_precision=mixed_precision, gradient_checkpointing=not fast)
+    cfg = replace(cfg, batch_size=3, update_batch_size=2, max_steps=1, kl_coef=0.5, learning_rate=0.1)
+    images = [[picture(tmp_path / "0.png", (168, 140))], [picture(tmp_path / "1.png", (56, 56))], []]
+    rows = [Row(f"row {i}", str(i), "red", "1", paths, ["red"]) for i, paths in enumerate(images)]
+    sft, found, bf16 = data.load_rows(str(toy / "sft.json"))[0][:4], [], mixed_precision == "bf16"
+    score = lambda rollouts, _: [{"x": float(r.tokens[0] % 5)} for r in rollouts]
+    move = lambda policy, *inputs: tuple(moved for [moved] in _to_kwargs(*inputs, where, False))
+
+    def prepare(self, policy, optimizer):  # the pretended .to() makes new parameters; CUDA's would not
+        if fast and bf16 and where == DEVICE:  # as load_policy has it on CUDA
+            policy.model.config.vision_config._attn_implementation = "varlen_flash"
+        policy.banned_ids = torch.tensor(policy.banned_ids)  # torch would send a list to the real meta device
+        policy.register_forward_pre_hook(move, with_kwargs=True)  # as DDP and FSDP2 do on CUDA
+        return policy.to(where), torch.optim.SGD(policy.parameters(), lr=0.1)
+
+    for where in (torch.device("cpu"), DEVICE):
+        with device(where, bf16) as patch:
+            patch.setattr(pebr, "checked_rows", lambda *args: sft if "response" in args[3] else rows)
+            patch.setattr(pebr, "score_rollouts", score)
+            patch.setitem(pebr.STAGE_REWARDS, "perception", {"x": 1.0})
+            patch.setattr(Accelerator, "prepare", prepare)
+            for stage, train in (("warmup", pebr.warmup), ("perception", pebr.train_grpo)):
+                folder = tmp_path / where.type / stage
+                folder.mkdir(parents=True)
+                policy, _ = train(replace(cfg, stage=stage, from_model=str(toy / "model")), folder)
+                logs = [pebr.read_jsonl(folder / name) for name in ("metrics.jsonl", "samples.jsonl")]
+                found.append((*logs, [p.detach().cpu() for p in policy.parameters()]))
+    for ([exact], samples, weights), ([line], same_samples, same_weights) in zip(found[:2], found[2:]):
+        assert line == pytest.approx(exact, rel=rel, abs=absolute) and exact["grad_norm"] > 0.01
+        assert samples == same_samples  # rollouts, rewards, advantages
+        torch.testing.assert_close(same_weights, weights, rtol=rel, atol=absolute)
 
 
-def test_the_pretended_device_refuses_what_a_device_would_and_is_gone_afterwards():
-    here, before = torch.ones(3), (torch.tensor, F.linear, pebr.varlen_attn)
+def test_the_pretended_device_refuses_what_a_device_would():
     with device(DEVICE, False):
-        there, zero = torch.arange(3.0, device=DEVICE), torch.tensor([0])
-        assert (there + 1).tolist() == [1, 2, 3] and there[torch.tensor([2])].tolist() == [
-            2
-        ]  # numbers, indices
-        for meet in (
-            lambda: there + here,
-            lambda: torch.cat([here, there]),
-            lambda: there.index_put((zero,), here[:1]),
-        ):
+        there, here = torch.arange(3.0, device=DEVICE), torch.ones(3)
+        assert (there + 1)[torch.tensor([2])].tolist() == [3]  # numbers and indices may be on the CPU
+        put = lambda there, here: there.index_put((torch.tensor([0]),), here[:1])
+        for meet in (torch.add, put, lambda *both: torch.cat(both)):
             with pytest.raises(RuntimeError, match="on the device and on the CPU meet"):
-                meet()
-    assert (torch.tensor, F.linear, pebr.varlen_attn) == before
+                meet(there, here)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Config and stages
 
-SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max_new_tokens 16"
+SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max_new_tokens 16 --threads 1"
 SMALL += " --micro_batch_size 3 --eval_samples 2"
 
 
@@ -2179,14 +1527,28 @@ def words(*argv):
     return " ".join(map(str, argv)).split()
 
 
+@contextmanager
+def spread_rewards(module=pebr, levels=5):
+    """A part of the reward follows from the text: so small a model earns nothing else and would not move."""
+    score = module.score_rollouts
+
+    def spread(rollouts, *how):
+        earned = [zlib.crc32(r.text.encode()) % levels / (levels - 1) for r in rollouts]
+        return [part | {"format": reward} for part, reward in zip(score(rollouts, *how), earned)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "score_rollouts", spread)
+        yield
+
+
 def run(run_dir, *argv):
-    pebr.main(words("--run_dir", run_dir, "--threads 1", *argv))
+    with spread_rewards():
+        pebr.main(words("--run_dir", run_dir, "--threads 1", *argv))
 
 
 def run_script(command, *argv):
-    """The same from the command line. Returns what was printed."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, *words(command, *argv)], env=env, capture_output=True, text=True)
+    """A command line. Returns what was printed."""
+    done = subprocess.run([sys.executable, *words(command, *argv)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -2197,11 +1559,6 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
-def same_weights(a, b):
-    a, b = weights_of(a), weights_of(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def read_json(path):
     return json.loads(path.read_text())
 
@@ -2210,50 +1567,49 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def files_of(folder):
+    """{name: bytes} of what a run leaves, without clocks, paths and the toy: the same for all of a seed."""
+    skipped = {"timing.jsonl", "settings.json", "run.lock", "toy"}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder): path for path in paths}
+    return {str(n): path.read_bytes() for n, path in names.items() if not skipped & {n.name, n.parts[0]}}
+
+
 def new_run(toy, folder):
     folder.mkdir(exist_ok=True)
-    (folder / "toy").symlink_to(toy)
+    (folder / "toy").exists() or (folder / "toy").symlink_to(toy)
     return folder
 
 
-def small(stage, toy_run):
+def small(stage, run_dir):
     """Flags of a stage of two steps. The untrained model gets nothing right: RL is given all questions."""
-    given = f"--from_model {toy_run}/warmup --from_data {toy_run}/toy/train.json"
+    given = f"--from_model {run_dir}/warmup --from_data {run_dir}/toy/train.json"
     return f"--stage {stage} {SMALL} " + given * (stage in ("perception", "reasoning"))
-
-
-@contextmanager
-def spread_rewards():
-    """Every second response earns 1. So small a model earns the same with all of them: nothing would move."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pebr, "total_reward", lambda *_, count=itertools.count(): float(next(count) % 2))
-        yield
 
 
 @pytest.fixture(scope="session")
 def toy_run(toy, tmp_path_factory):
     run_dir = new_run(toy, tmp_path_factory.mktemp("stages") / "run")
-    with spread_rewards():
-        for stage in pebr.ORDER:
-            run(run_dir, small(stage, run_dir))
+    for stage in pebr.ORDER:
+        run(run_dir, small(stage, run_dir))
     return run_dir
 
 
+PAPER = """--learning_rate 1e-6 --epochs 1 --temperature 1.2 --top_p 0.99 --group_size 8 --kl_coef 0.01
+    --ratio_clip_low 0.2 --ratio_clip_high 0.3 --dual_clip 3 --grad_clip_norm 1 --cosine_lo 0 --cosine_hi 0.4
+    --max_length 2048 --max_new_tokens 2048 --max_pixels 802816 --no-freeze_vision
+    --eval_temperature 0.5 --eval_samples 1"""
+
+
 def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
-    table = {  # their settings
-        "warmup": dict(learning_rate=1e-5, epochs=2, batch_size=128, freeze_vision=True, max_length=4096),
-        "sample": dict(sample_max_pixels=4_194_304, temperature=1.2, top_p=0.99, group_size=8),
-        "perception": dict(learning_rate=1e-6, epochs=1, batch_size=560, update_batch_size=112, kl_coef=0.01,
-                           ratio_clip_low=0.2, ratio_clip_high=0.3, dual_clip=3.0, grad_clip_norm=1.0,
-                           max_length=2048, max_new_tokens=2048, max_pixels=802_816, freeze_vision=False,
-                           cosine_lo=0.0, cosine_hi=0.4, temperature=1.2, top_p=0.99, group_size=8),
-        "reasoning": dict(learning_rate=1e-6, epochs=2, batch_size=512, update_batch_size=128, kl_coef=0.01),
-        "evaluate": dict(eval_temperature=0.5, eval_samples=1),
-    }  # fmt: skip
-    for stage, settings in table.items():
-        cfg = pebr.resolve(stage, {"model": "some/folder"})
-        assert {name: getattr(cfg, name) for name in settings} == settings, stage
-    assert len(pebr.fields(Config)) <= 45
+    table = {
+        "warmup": "--learning_rate 1e-5 --epochs 2 --batch_size 128 --freeze_vision --max_length 4096",
+        "perception": "--batch_size 560 --update_batch_size 112",
+        "reasoning": "--batch_size 512 --update_batch_size 128 --epochs 2",
+    }
+    for stage, theirs in table.items():
+        cfg = vars(pebr.resolve(stage, {"model": "some/folder"}))
+        assert cfg == cfg | pebr.parse_flags(words(PAPER, theirs))
     flags = "--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --temperature 0.9"
     flags = pebr.parse_flags(words(flags))
     named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags | {"stage": "sample"})
@@ -2268,56 +1624,52 @@ def test_the_warmups_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_as_a
     assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3  # half-way between steps 11 and 101
 
 
-def test_wrong_flags_stop_before_the_first_stage_with_a_message_that_names_them(tmp_path, toy):
+def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names_it(tmp_path, toy):
     table = [
         ("--test_data /no/such/file.json", "/no/such/file.json: no such file"),
         ("--from_model x", "--from_model and --from_data belong to one stage"),
         ("--stage percept", "--stage percept: must be one of"),
         ("--stage perception --group_size 1", "--group_size 1"),
         ("--stage perception --batch_size 10 --update_batch_size 4", "a multiple of --update_batch_size 4"),
-        (
-            "--stage perception --model x --from_model x --from_data y",
-            "--stage perception needs --clip_model",
-        ),
+        ("--stage perception --model x --from_model x --from_data y", "perception needs --clip_model"),
         (f"--stage perception --model x --sft_data {toy}/sft.json", "--stage sample needs --train_data"),
-        ("--stage warmup --model x", "--stage warmup needs --sft_data"),
         ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
-        ("--seed 5", "was made with --seed 0, not 5"),
+        ("--seed 5", "was made with --seed 0 "),
     ]
     run_dir = new_run(toy, tmp_path / "run")
     for argv, reason in table:
         with pytest.raises(SystemExit, match=reason):
             run(run_dir, argv, "--mixed_precision no")
+    with open(run_dir / "run.lock", "w") as lock, pytest.raises(SystemExit, match="another run is using"):
+        pebr.fcntl.flock(lock, pebr.fcntl.LOCK_EX)
+        run(run_dir, "--stage warmup")
     assert not any((run_dir / stage).exists() for stage in pebr.ORDER)
 
 
-def own_code(folder):
-    """The folder names code of its own for everything."""
-    evil = dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"), "evil.Evil")
-    for path in (folder / "config.json", folder / "processor_config.json"):
-        evil_config = {"auto_map": evil, "model_type": "new", "processor_class": "New"}
-        path.write_text(json.dumps(read_json(path) | evil_config))
-    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-
-
-def pickled_model(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({"lm_head.weight": Payload(folder / "ran")}, folder / "pytorch_model.bin")
-
-
-def change_bytes(path, old, new):
-    path.write_bytes(path.read_bytes().replace(old, new))
-
-
 def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, cfg, tmp_path):
+    def own_code(folder):
+        evil = dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"), "evil.Evil")
+        for path in (folder / "config.json", folder / "processor_config.json"):
+            own = {"auto_map": evil, "model_type": "new", "processor_class": "New"}
+            path.write_text(json.dumps(read_json(path) | own))
+        (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+    def pickled_weights(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save({"lm_head.weight": Payload(folder / "ran")}, folder / "pytorch_model.bin")
+
+    def missing_weights(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(b"lm_head", b"no_head"))
+
     table = [
         (shutil.rmtree, "Repo id must be"),
         (lambda f: (f / "config.json").write_text('{"a'), "Unterminated string"),
         (lambda f: (f / "processor_config.json").unlink(), "image processor"),
         (lambda f: (f / "chat_template.jinja").unlink(), "no processor with a chat template"),
         (lambda f: os.truncate(f / "model.safetensors", 10_000), "deserializing header"),
-        (lambda f: change_bytes(f / "model.safetensors", b"lm_head", b"no_head"), "weights lack lm_head.w"),
-        (pickled_model, "model.safetensors"),
+        (missing_weights, "weights lack lm_head.w"),
+        (pickled_weights, "model.safetensors"),
         (own_code, "trust_remote_code"),
     ]
     for i, (change, reason) in enumerate(table):
@@ -2328,9 +1680,7 @@ def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, 
         assert not (folder / "ran").exists()
 
 
-def test_two_steps_of_each_training_stage_move_parameters_and_the_folder_reloads(toy_run):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+def test_two_steps_of_each_training_stage_move_parameters(toy_run):
     for stage, start in (("warmup", "toy/model"), ("perception", "warmup"), ("reasoning", "warmup")):
         folder, records = toy_run / stage, read_lines(toy_run / stage / "metrics.jsonl")
         assert [r["step"] for r in records] == [1, 2] and records[0].keys() == records[1].keys()
@@ -2342,9 +1692,7 @@ def test_two_steps_of_each_training_stage_move_parameters_and_the_folder_reloads
         before, after = weights_of(toy_run / start), weights_of(folder)
         moved = {n for n in after if (after[n] - before[n]).abs().max() > 5e-5}  # not by weight decay alone
         assert any("visual" in name for name in moved) and "lm_head.weight" in moved
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-        assert torch.equal(model.lm_head.weight, after["lm_head.weight"]) and after.keys() == before.keys()
-        assert AutoProcessor.from_pretrained(folder).chat_template
+        assert after.keys() == before.keys()  # sampling, RL and evaluation have loaded the folder
 
 
 def test_samples_split_and_table_are_what_the_readme_promises(toy_run):
@@ -2354,27 +1702,26 @@ def test_samples_split_and_table_are_what_the_readme_promises(toy_run):
     assert samples[0]["parts"].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
     split = sum((read_json(toy_run / "sample" / f"{name}.json") for name in ("easy", "medium", "hard")), [])
     assert sorted(split, key=str) == sorted(read_json(toy_run / "toy" / "train.json"), key=str)  # unchanged
-    table = (toy_run / "evaluate" / "test" / "table.txt").read_text()
-    named = ("base", "warmup", "perception", "reasoning", "greedy", "sampled", "95 %", "pass@2")
-    assert all(word in table for word in named)
-    scores = read_json(toy_run / "evaluate" / "test" / "base" / "scores.json")
-    assert scores["greedy"]["n"] == TINY.test_rows and len(scores["sampled"]["interval_95"]) == 2
-    assert set(scores["greedy"]["categories"]) <= {"count", "subtract", "price"}
+    table, asked = toy_run / "evaluate" / "test", len(read_json(toy_run / "toy" / "test.json"))
+    named = words("base warmup perception reasoning greedy sampled interval pass@2")
+    assert set(named) <= set(words((table / "table.txt").read_text()))
+    scores = read_json(table / "base" / "scores.json")
+    assert scores["greedy"]["n"] == asked and len(scores["sampled"]["interval_95"]) == 2
+    assert sum(kind["n"] for kind in scores["greedy"]["categories"].values()) == asked
 
 
 def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(toy_run, tmp_path, capsys):
     run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
-    flags, names = small("perception", toy_run), ("metrics.jsonl", "samples.jsonl", "model.safetensors")
-    contents = lambda folder: [(folder / "perception" / name).read_bytes() for name in names]
-    with spread_rewards():
-        run(run_dir, flags, "--temperature 1.0")
-        assert "perception is done; --overwrite makes it again" in capsys.readouterr().out
-        assert contents(run_dir) == contents(toy_run) and (run_dir / "evaluate").exists()
-        run(run_dir, flags, "--temperature 1.0 --overwrite")
-        assert contents(run_dir)[0] != contents(toy_run)[0]
-        assert not (run_dir / "reasoning").exists() and (run_dir / "sample" / "done").exists()
-        run(run_dir, flags, "--overwrite")
-        assert contents(run_dir) == contents(toy_run)  # line by line
+    flags, made = small("perception", toy_run), run_dir / "perception"
+    first = files_of(toy_run / "perception")
+    run(run_dir, flags, "--temperature 1.0")
+    assert "perception is done; --overwrite makes it again" in capsys.readouterr().out
+    assert files_of(made) == first and (run_dir / "evaluate").exists()
+    run(run_dir, flags, "--temperature 1.0 --overwrite")
+    assert files_of(made)["metrics.jsonl"] != first["metrics.jsonl"]
+    assert not (run_dir / "reasoning").exists() and (run_dir / "sample" / "done").exists()
+    run(run_dir, flags, "--overwrite")
+    assert files_of(made) == first and {"samples.jsonl", "model.safetensors"} <= first.keys()
 
 
 def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, tmp_path, monkeypatch):
@@ -2386,63 +1733,50 @@ def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, t
     assert [stage for stage in pebr.ORDER if (run_dir / stage / "done").exists()] == ["warmup", "sample"]
 
 
-STOPPING_ROWS = [
-    (lambda row, folder: row.update(images=["none.png"]), "picture none.png is not in"),
-    (lambda row, folder: os.truncate(folder / "0.png", 60), "0.png is not readable"),
-    (lambda row, folder: row.update(problem="red " * 70), r"\d+ tokens, over --max_length"),
-    (lambda row, folder: row.pop("answer"), '"answer" is missing'),
-]
-
-
-@pytest.mark.parametrize("change, reason", STOPPING_ROWS)
-def test_a_broken_row_stops_the_run_or_is_dropped(change, reason, toy, toy_run, tmp_path, capsys):
-    rows = read_json(toy / "train.json")[:4]
+def test_broken_rows_stop_the_run_before_training_or_are_dropped(toy, toy_run, tmp_path, capsys):
+    rows, run_dir = read_json(toy / "train.json")[:8], new_run(toy, tmp_path / "run")
     for i, row in enumerate(rows):
         row["images"] = [Path(picture(tmp_path / f"{i}.png")).name]
-    change(rows[0], tmp_path)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
     flags = f"{small('reasoning', toy_run)} --from_data {tmp_path}/rows.json"
-    with pytest.raises(SystemExit, match=f"(?s)1 broken rows.*rows.json row 0: .*{reason}.*--skip_bad_rows"):
-        run(new_run(toy, tmp_path / "run"), flags)
-    assert not (tmp_path / "run" / "reasoning" / "metrics.jsonl").exists()
-    run(tmp_path / "run", flags, "--skip_bad_rows")
-    assert re.search(f"(?s)dropped: .*rows.json row 0: .*{reason}", capsys.readouterr().out)
-    samples = read_lines(tmp_path / "run" / "reasoning" / "samples.jsonl")
-    assert {s["qid"] for s in samples} == {row["qid"] for row in rows[1:]}
-
-
-def test_a_run_folder_that_is_in_use_is_refused(toy, tmp_path):
-    with open(new_run(toy, tmp_path / "run") / "run.lock", "w") as lock:
-        pebr.fcntl.flock(lock, pebr.fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another run is using"):
-            run(tmp_path / "run", "--stage warmup")
+    changes = [  # the first two are found by the processor, the others without a model
+        (lambda: os.truncate(tmp_path / "0.png", 60), "0.png is not readable"),
+        (lambda: rows[1].update(problem="red " * 70), r"\d+ tokens, over --max_length"),
+        (lambda: rows[2].pop("answer"), '"answer" is missing'),
+        (lambda: rows[3].update(images=["none.png"]), "picture none.png is not in"),
+    ]
+    for i, (change, reason) in enumerate(changes):
+        change()
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        listed = f"(?s)rows.json: {i % 2 + 1} broken rows.*rows.json row {i}: .*{reason}.*--skip_bad_rows"
+        with pytest.raises(SystemExit, match=listed):
+            run(run_dir, flags)
+    assert not (run_dir / "reasoning" / "metrics.jsonl").exists()
+    run(run_dir, flags, "--skip_bad_rows")
+    dropped = capsys.readouterr().out
+    assert all(re.search(f"row {i}: .*{reason}", dropped) for i, (_, reason) in enumerate(changes))
+    samples = read_lines(run_dir / "reasoning" / "samples.jsonl")
+    assert {s["qid"] for s in samples} == {row["qid"] for row in rows[4:]}
 
 
 def test_out_of_memory_names_the_flags_and_other_errors_are_not_hidden(toy, tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError(reason)
 
-    monkeypatch.setattr(pebr, "warmup", fails)
-    run_dir, reason = new_run(toy, tmp_path / "run"), "CUDA out of memory."
-    with pytest.raises(SystemExit, match="out of memory. Lower --micro_batch_size"):
-        run(run_dir, "--stage warmup")
-    reason = "something else"
-    with pytest.raises(RuntimeError, match=reason):
-        run(run_dir, "--stage warmup")
-
-
-def test_a_reward_that_is_missing_or_not_finite_stops_with_its_row(toy, toy_run, tmp_path, monkeypatch):
     run_dir = new_run(toy, tmp_path / "run")
-    for parts in ({"format": 1.0}, {"accuracy": math.nan, "format": 1.0}):
-        monkeypatch.setattr(pebr, "score_parts", lambda rows, *_: [dict(parts) for _ in rows])
-        with pytest.raises(ValueError, match=r"train.json row \d+.*accuracy"):
-            run(run_dir, small("reasoning", toy_run))
+    monkeypatch.setattr(torch.Tensor, "backward", fails)
+    told = "out of memory. Lower --micro_batch_size"
+    for reason, error, message in (
+        ("CUDA out of memory.", SystemExit, told),
+        ("other", RuntimeError, "other"),
+    ):
+        with pytest.raises(error, match=message):
+            run(run_dir, small("warmup", run_dir))
 
 
 def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
-    run_dir, sizes = new_run(toy, tmp_path / "run"), "--batch_size 2 --update_batch_size 2 --group_size 2"
-    run(run_dir, f"--stage dryrun {sizes} --max_new_tokens 9")
-    measured = json.loads(capsys.readouterr().out.split("DRYRUN ")[1])
+    run_dir = new_run(toy, tmp_path / "run")
+    run(run_dir, f"--stage dryrun {SMALL} --batch_size 2 --max_new_tokens 9")
+    measured = json.loads(capsys.readouterr().out.split("DRYRUN ")[1].split("\n")[0])
     assert min(measured[name] for name in ("rollout_s", "update_s", "tokens_per_s", "peak_gib")) > 0
     samples = read_lines(run_dir / "dryrun" / "samples.jsonl")
     assert {s["tokens"] for s in samples} == {9} and all(s["truncated"] for s in samples)
@@ -2452,25 +1786,17 @@ def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
 def test_difficulty_is_all_some_or_none_right_of_exactly_n():
     rows = [Row("", str(i), "q", "a") for i in range(4)]
     scores = {"0": [1.0] * 8, "1": [1.0] + [0.0] * 7, "2": [0.0] * 8, "3": [1.0] * 7 + [0.0]}
-    split = {name: [r.qid for r in part] for name, part in pebr.split_by_difficulty(rows, scores, 8).items()}
-    assert split == {"easy": ["0"], "medium": ["1", "3"], "hard": ["2"]}
+    split = pebr.split_by_difficulty(rows, scores, 8)
+    assert split == {"easy": [rows[0]], "medium": [rows[1], rows[3]], "hard": [rows[2]]}
     for n in (7, 16):
         with pytest.raises(DataError, match=f"{n} scores, not 8"):
             pebr.split_by_difficulty(rows[:1], {"0": [1.0] * n}, 8)
 
 
-def test_steps_cover_each_epoch_once_and_do_not_depend_on_the_number_of_processes(monkeypatch):
+def test_steps_cover_each_epoch_once():
     cfg, rows = Config(batch_size=12, update_batch_size=4), list(range(10))
-    alone = [pebr.local_questions(rows, step, cfg) for step in range(5)]
-    flat = [row for step in alone for _, row in step]
+    flat = [row for step in range(5) for _, row in pebr.local_questions(rows, step, cfg)]
     assert all(sorted(flat[i : i + 10]) == rows for i in range(0, 60, 10)) and flat[:10] != flat[10:20]
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    for step in range(5):
-        parts = []
-        for process in range(2):
-            monkeypatch.setattr(Accelerator, "process_index", process)
-            parts.append(pebr.in_batches(pebr.local_questions(rows, step, cfg), 2))
-        assert [sorted(a + b) for a, b in zip(*parts)] == pebr.in_batches(alone[step], 4)
 
 
 def calls_of(name, monkeypatch):
@@ -2482,19 +1808,16 @@ def calls_of(name, monkeypatch):
 
 def test_for_a_gpu_threads_make_the_prompts_while_the_batch_before_is_used(policy, cfg, toy, monkeypatch):
     rows, _ = data.load_rows(str(toy / "train.json"))
-    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
     opened = calls_of("load_image", monkeypatch)
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
     broken = replace(rows[0], where="train.json row 9", images=["/none.png"])
     batches = [list(enumerate(rows * 10)), [(7, rows[0])], [], [(8, broken)]]  # enough for threads to meet
     ahead = pebr.encoded_ahead(iter(batches), lambda item: pebr.encode_prompt(policy, item[1], cfg, item[0]))
-    prompts, end = next(ahead), time.monotonic() + 20
-    while len(opened) < len(batches[0]) + 1 and time.monotonic() < end:
+    assert [(prompt.position, prompt.row) for prompt in next(ahead)] == batches[0]
+    end = time.monotonic() + 20
+    while len(opened) < 1 + len(batches[0]) and time.monotonic() < end:
         time.sleep(0.01)
-    assert len(opened) == len(batches[0]) + 1  # the second batch's, too, though nobody has asked for it
-    for prompt, (position, row) in zip(prompts, batches[0], strict=True):
-        alone = pebr.encode_prompt(policy, row, cfg).inputs
-        assert prompt.position == position and prompt.row is row and prompt.inputs.keys() == alone.keys()
-        assert all(torch.equal(prompt.inputs[name], alone[name]) for name in alone)
+    assert len(opened) == 1 + len(batches[0])  # the second batch's, too, though nobody has asked for it
     assert [prompt.position for prompt in next(ahead)] == [7] and next(ahead) == []
     with pytest.raises(DataError, match="train.json row 9: "):
         next(ahead)
@@ -2511,119 +1834,93 @@ def test_a_picture_is_opened_for_checking_once_in_a_run_folder(toy, toy_run, tmp
         for name in ("easy", "medium"):  # as a better model would leave them; the pictures stay in the toy
             shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
     assert set(Counter(opened).values()) == {1 + 4 * 2}  # four models, greedy and sampled
-    assert counts["sample"] == 2 * TINY.rl_rows
+    assert counts["sample"] == 2 * len(read_json(toy / "train.json"))
     assert counts["perception"] == counts["reasoning"] == 2 * 4  # steps x questions
 
 
-def test_only_this_runs_own_sampling_says_where_the_pictures_are(tmp_path, monkeypatch):
-    row = {"qid": "0", "problem": "q", "answer": "a", "images": [Path(picture(tmp_path / "secret.png")).name]}
-    for folder in (tmp_path / "run" / "sample", tmp_path / "other"):
-        folder.mkdir(parents=True)
-        (folder / "hard.json").write_text(json.dumps([row]))
-        (folder / "summary.json").write_text(json.dumps({"image_root": os.path.relpath(tmp_path, folder)}))
-    cfg = Config(run_dir=str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)
-    for path in (
-        f"{tmp_path}/run/sample/hard.json",
-        "run/sample/hard.json",
-        "run/sample/../sample/hard.json",
-    ):
-        [found] = pebr.checked_rows(path, cfg, None, ())
-        assert found.images == [str(tmp_path / "secret.png")]
-    with pytest.raises(DataError, match="picture secret.png is not in"):
-        pebr.checked_rows(str(tmp_path / "other/hard.json"), cfg, None, ())
+def test_only_this_runs_own_sampling_says_where_the_pictures_are(toy, toy_run, tmp_path):
+    shutil.copytree(toy_run / "sample", new_run(toy, tmp_path) / "sample")
+    for path in (f"{tmp_path}/sample/hard.json", f"{tmp_path}/sample/../sample/hard.json"):
+        assert pebr.checked_rows(path, Config(run_dir=str(tmp_path)), None, ())
+        with pytest.raises(DataError, match="picture .* is not in"):
+            pebr.checked_rows(path, Config(run_dir=str(toy_run)), None, ())
 
 
-def night_sky(folder):
-    """Not the toy: other pictures and questions, several pictures in a row, none in another, JSON and JSONL.
-    Clear questions have one answer in the warm-up, the others two that contradict each other."""
+def night_sky(folder, clip):
+    """Not the toy: two pictures in a row, none in another, two answers that contradict each other; a TSV."""
     picture(folder / "moon.png", (60, 90), (240, 240, 200))
     picture(folder / "stars.jpg", (112, 56), (20, 20, 80))
     questions = [
-        ("<image>What shines here ?", ["moon.png"], ["moon"]),
         ("<image> or <image> : which has stars ?", ["moon.png", "stars.jpg"], ["second"]),
         ("What is the night like ?", [], ["dark"]),
         ("<image>How bright ?", ["stars.jpg"], ["very", "hardly"]),
-        ("<image>Which color ?", ["moon.png"], ["pale", "blue"]),
-        ("Is it late ?", [], ["yes", "no"]),
     ]
-    rl, sft, vocabulary = [], [], "user assistant".split()
-    for i, (question, images, answers) in enumerate(questions):
-        problem = question.removeprefix("<image>" * (len(images) == 1))
-        row = {"qid": f"q{i}", "problem": problem, "images": images, "source": "sky"}
-        rl.append(row | {"answer": answers[0], "key_words": ["night sky"]})
+    text = "### Image Description: a night sky .\n### Rationales: look .\n### Let's think step by step.\n"
+    text += "### Step 1: think .\n### The final answer is: "
+    rl, sft, vocabulary = [], [], words("user assistant", text)
+    for question, images, answers in questions:
+        row = {"qid": question, "problem": question, "answer": answers[0], "images": images}
+        rl.append(row | {"source": "sky", "key_words": ["night sky"]})
         for answer in answers:
-            text = "### Image Description: a night sky .\n### Rationales: look ."
-            text += f"\n### Let's think step by step.\n### Step 1: think .\n### The final answer is: {answer}"
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": text + answer},
+            ]
             sft.append({"messages": messages, "images": images})
-            vocabulary += f"{question.replace('<image>', ' ')} {text}".split()
+        vocabulary += words(question.replace("<image>", ""), *answers)
+    image = base64.b64encode((folder / "moon.png").read_bytes()).decode()
+    tsv = ["index question A B answer category image".replace(" ", "\t")]
+    tsv += [f"{i}\tHow bright ?\tvery\thardly\tA\tkind {i % 2}\t{image}" for i in range(3)]
     (folder / "rl.json").write_text(json.dumps(rl))
-    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rl)))
-    (folder / "sft.json").write_text(json.dumps(sft * 2))
+    (folder / "sft.json").write_text(json.dumps(sft))
+    (folder / "Kit.tsv").write_text("\n".join(tsv))
     data.build_toy_model(folder / "model", 0, TINY, vocabulary)
+    return f"""--model {folder}/model --train_data {folder}/rl.json --sft_data {folder}/sft.json
+        --test_data {folder}/Kit.tsv --clip_model local-dir:{clip} --mixed_precision no --temperature 0.7
+        --no-gradient_checkpointing --no-freeze_vision --max_new_tokens 32 --max_pixels 9000
+        --learning_rate 3e-3"""
 
 
-def test_a_second_data_set_goes_through_all_stages_in_one_form_of_a_prompt(toy, tmp_path, capsys):
-    night_sky(tmp_path)
-    files = f"--model {tmp_path}/model --train_data {tmp_path}/rl.json --sft_data {tmp_path}/sft.json"
-    files += f" --test_data {tmp_path}/test.jsonl --clip_model local-dir:{toy}/clip"
-    how = "--mixed_precision no --no-gradient_checkpointing --no-freeze_vision --temperature 0.7"
-    how += " --max_new_tokens 32 --max_pixels 9000 --sample_max_pixels 9000 --learning_rate 3e-3"
-    flags = f"{files} {how}"
-    steps = "--max_steps 2 --batch_size 4 --update_batch_size 2 --learning_rate 1e-3"
-    steps = dict.fromkeys(("perception", "reasoning"), steps)
-    steps["warmup"], run_dir = "--max_steps 60 --batch_size 9 --update_batch_size 9", tmp_path / "run"
+def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_path, capsys, monkeypatch):
+    flags, steps = night_sky(tmp_path, toy / "clip"), {"warmup": "--max_steps 100"}
+    rl = "--max_steps 2 --update_batch_size 2 --learning_rate 1e-3"
     for stage in pebr.ORDER:
-        run(run_dir, "--stage", stage, flags, steps.get(stage, ""))
-    easy, medium = (read_json(run_dir / "sample" / f"{name}.json") for name in ("easy", "medium"))
-    assert {"q0", "q1"} <= {row["qid"] for row in easy} and len(medium) >= 2  # it finds answers
-    assert easy[0]["source"] == "sky"  # rows as they came in, other fields included
-    blind, printed = sum(not row["images"] for row in easy), capsys.readouterr().out
-    assert blind and f"{blind} without a picture are left out" in printed
-    assert "18 warm-up rows, 0 with an instruction of their own" in printed
-    scores = read_json(run_dir / "evaluate" / "test" / "reasoning" / "scores.json")
-    assert scores["greedy"]["n"] == 6 and scores["greedy"]["keyword"] > 0.5
+        run(tmp_path, "--stage", stage, flags, "--batch_size 4 --update_batch_size 4", steps.get(stage, rl))
+    easy, medium = (read_json(tmp_path / "sample" / f"{name}.json") for name in ("easy", "medium"))
+    assert easy + medium == read_json(tmp_path / "rl.json")  # it finds answers; rows are as they came in
+    printed = capsys.readouterr().out
+    assert "1 questions; 1 without a picture are left out" in printed
+    assert "4 warm-up rows, 0 with an instruction of their own" in printed
     cfg = pebr.resolve("sample", pebr.parse_flags(words(flags)))
     policy = pebr.load_policy(cfg.model, cfg)
     ids = lambda row: tuple(pebr.encode_prompt(policy, row, cfg).inputs["input_ids"][0].tolist())
-    sft, rl = ({ids(row) for row in data.load_rows(path)[0]} for path in (cfg.sft_data, cfg.train_data))
-    assert sft == rl and len(rl) == 6  # token by token
-
-
-def test_a_tsv_comes_out_for_the_kits_judge_and_nothing_is_asked_twice(toy, toy_run, tmp_path, monkeypatch):
-    kinds, cell = ("shape", "shape", "color"), base64_picture()
-    lines = [f"{i}\tWhich color ?\tred\tblue\tA\t{kind}\t{cell}" for i, kind in enumerate(kinds)]
-    header = "index question A B answer category image".replace(" ", "\t")
-    (tmp_path / "Kit_MINI.tsv").write_text("\n".join([header, *lines]))
-    flags = f"--stage evaluate {SMALL} --from_model {toy_run}/warmup --test_data {tmp_path}/Kit_MINI.tsv"
-    run(new_run(toy, tmp_path / "run"), flags, "--max_length 128")
-    [path] = (tmp_path / "run" / "evaluate" / "Kit_MINI").glob("*/scores.json")
+    asked = [{ids(row) for row in data.load_rows(path)[0]} for path in (cfg.sft_data, cfg.train_data)]
+    assert asked[0] == asked[1] and len(asked[0]) == 3  # warm-up and RL ask in the same words
+    path = tmp_path / "evaluate" / "Kit" / "reasoning" / "scores.json"
+    records, scores = read_lines(path.with_name("predictions_greedy.jsonl")), read_json(path)
     with open(path.with_name("predictions_greedy.tsv"), newline="") as file:
         kit = list(csv.DictReader(file, delimiter="\t"))
-    records = read_lines(path.with_name("predictions_greedy.jsonl"))
-    assert [row["index"] for row in kit] == ["0", "1", "2"] and "image" not in kit[0] and kit[0]["A"] == "red"
+    assert [row["index"] + row["A"] for row in kit] == ["0very", "1very", "2very"] and "image" not in kit[0]
     assert [row["prediction"] for row in kit] == [r["extracted"][0] or r["responses"][0] for r in records]
-    scores = read_json(path)
-    kinds = scores["greedy"]["categories"]
-    assert kinds["color"]["n"] == 1 and kinds["shape"]["n"] == 2
+    assert [kind["n"] for kind in scores["greedy"]["categories"].values()] == [2, 1]
+    assert scores["greedy"]["format"] > 0.5  # it has learned to answer in sections
     monkeypatch.setattr(pebr, "generate_rollouts", None)
     path.unlink()  # what is saved is scored again, and not asked again
-    run(tmp_path / "run", flags, "--max_length 128")
+    run(tmp_path, "--stage evaluate", flags)
     assert read_json(path) == scores
     with pytest.raises(SystemExit, match="is of another file or other settings"):
-        run(tmp_path / "run", flags, "--max_length 128 --eval_temperature 0.1")
+        run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
 
 
-def test_interrupted_sampling_goes_on_to_the_lines_of_a_whole_run(toy_run, tmp_path, monkeypatch):
+def test_interrupted_sampling_goes_on_to_the_lines_of_a_whole_run(toy, toy_run, tmp_path, monkeypatch):
     path = shutil.copytree(toy_run, tmp_path / "run", symlinks=True) / "sample" / "rollouts.jsonl"
     sent, whole = calls_of("broadcast_object_list", monkeypatch), path.read_bytes()
     path.with_name("done").unlink()
     path.write_bytes(whole[: len(whole) // 2])  # with a torn last line
-    run(tmp_path / "run", "--stage sample --generate_batch_size 4", SMALL)
+    run(tmp_path / "run", f"--stage sample {SMALL} --generate_batch_size 4")
     assert path.read_bytes() == whole and {len(record["scores"]) for record in read_lines(path)} == {2}
     [[[qids]]] = sent  # other processes need to know which questions are done, and not the answers
-    assert 0 < len(qids) < TINY.rl_rows and all(qid.startswith("train") for qid in qids)
+    assert qids and set(qids) < {row["qid"] for row in read_json(toy / "train.json")}
 
 
 INTERRUPTED = [("warmup", 1, 0, "checkpoint-1"), ("perception", 2, 0, "checkpoint-1"), ("warmup", 1, 15, "")]
@@ -2641,135 +1938,100 @@ def test_a_stage_resumes_to_the_same_files(stage, updates, minutes, left, toy_ru
             raise KeyboardInterrupt
         return real(*args)
 
-    with monkeypatch.context() as patch, spread_rewards(), pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pebr, "optimizer_step", dies_in_step_two)
         run(folder.parent, flags)
     assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "loss": 1}\n{"step": 3, "lo')  # newer than the checkpoint, and torn
-    with spread_rewards():
-        run(folder.parent, flags)
-    assert same_weights(folder, toy_run / stage)
-    assert (folder / "metrics.jsonl").read_bytes() == (toy_run / stage / "metrics.jsonl").read_bytes()
+    run(folder.parent, flags)
+    assert files_of(folder) == files_of(toy_run / stage)
 
 
-def test_a_checkpoint_of_tied_weights_says_nothing(tied, toy, toy_run, tmp_path, caplog):
-    flags = f"{small('reasoning', toy_run)} --from_model {tied} --checkpoint_minutes 0"
-    run(new_run(toy, tmp_path / "run"), flags)
-    assert "Removed shared tensor" not in caplog.text  # accelerate's line
-
-
-def in_child(commands, log):
-    """Command lines in a row in this process, as fresh ones; what they print goes into the file log."""
+def all_stages(run_dir, seed, steps):
+    """Every stage, in a process of its own; what it prints goes into a file."""
     for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    torch.set_num_threads(1)
-    with spread_rewards():
-        for argv in commands:
-            pebr.main(argv)
+        os.dup2(os.open(f"{run_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for stage in pebr.ORDER:
+        flags = f"--seed {seed} --max_steps {steps} --checkpoint_minutes 0 --generate_batch_size 2"
+        run(run_dir, small(stage, run_dir), flags)
 
 
-def start(log, run_dir, seed, steps):
-    """A process that makes all stages: a fork of one that has imported everything, so kills cost no start."""
-    flags = f"--run_dir {run_dir} --seed {seed} --max_steps {steps} --checkpoint_minutes 0 --threads 1"
-    commands = [words(small(stage, run_dir), flags, "--generate_batch_size 2") for stage in pebr.ORDER]
-    server = multiprocessing.get_context("forkserver")
+def kill_and_compare(folder, seed, runs, steps):
+    """All stages without a break; then `runs`, lists of stages: at a random moment after each has begun, the
+    run is killed (SIGKILL) and started again. Returns (kills, files compared, names of those that differ)."""
+    rng, kills, compared, differ, span = random.Random(seed), 0, 0, [], 0.0
+    server = multiprocessing.get_context("forkserver")  # its forks have imported everything
     server.set_forkserver_preload(["test_pebr"])
-    process = server.Process(target=in_child, args=(commands, str(log)))
-    process.start()
-    return process
-
-
-def contents(run_dir):
-    """{name: bytes} of what a run leaves, without clocks, paths and the toy: the same for all of a seed."""
-    skipped = ("timing.jsonl", "settings.json", "run.lock")
-    files = [p for p in run_dir.rglob("*") if p.is_file() and p.name not in skipped]
-    names = {str(p.relative_to(run_dir)): p for p in files}
-    return {name: p.read_bytes() for name, p in names.items() if not name.startswith("toy/")}
-
-
-def kill_and_compare(folder, seed, runs, steps, rng):
-    """All stages without a break; then `runs`, lists of stages to be killed (SIGKILL) in at a random moment,
-    each time started again. Returns (what the kills hit, number of files compared, names that differ)."""
-    log, hit, compared, differ, span = folder / "log.txt", Counter(), 0, [], 0.0
     for i, targets in enumerate([(), *runs]):
-        run_dir, clock = folder / f"run{i}", time.monotonic()
+        run_dir, begin = folder / f"run{i}", time.monotonic()
         data.build_toy_world(str(run_dir / "toy"), seed, TINY)
-        for stage in targets:
-            process = start(log, run_dir, seed, steps)
-            begun = rng.choice([f"{stage}/settings.json", f"{stage}/**/*.jsonl"])
-            while process.is_alive() and not any(run_dir.glob(begun)):
+        for stage in (*targets, None):  # the last start is not killed
+            process = server.Process(target=all_stages, args=(run_dir, seed, steps))
+            process.start()
+            sign = rng.choice(["settings.json", "**/*.jsonl"])
+            while stage and process.is_alive() and not any((run_dir / stage).glob(sign)):
                 time.sleep(0.01)
-            process.join(rng.uniform(0, span / 8))
-            if process.is_alive():
-                process.kill()
-                process.join()
-                at = next((s for s in pebr.ORDER[:4] if not (run_dir / s / "done").exists()), "evaluate")
-                hit[at + " while a checkpoint was written" * (run_dir / at / "unfinished").exists()] += 1
-        process = start(log, run_dir, seed, steps)
-        process.join()
-        assert process.exitcode == 0, log.read_text()[-3000:]
-        found = contents(run_dir)
+            process.join(rng.uniform(0, span / 8) if stage else None)
+            kills += process.is_alive()
+            process.kill()
+            process.join()
+        assert process.exitcode == 0, Path(f"{run_dir}.log").read_text()[-3000:]
+        made = files_of(run_dir)
         if not targets:
-            span, expected = time.monotonic() - clock, found
-        compared += len(found) if targets else 0
-        differ += [f"{i}/{name}" for name in expected | found if found.get(name) != expected.get(name)]
-    return hit, compared, differ
+            span, whole = time.monotonic() - begin, made
+            continue
+        compared += len(whole | made)
+        differ += [f"run{i}/{name}" for name in whole | made if made.get(name) != whole.get(name)]
+    return kills, compared, differ
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_files_of_one_that_is_not(tmp_path):
-    targets = ("warmup", "perception", "evaluate")
-    hit, compared, differ = kill_and_compare(tmp_path, 0, [targets], 3, random.Random(5))
-    assert hit.total() >= 2 and compared > 40 and differ == []  # the last kill may come too late
+    kills, compared, differ = kill_and_compare(tmp_path, 0, [("warmup", "perception", "evaluate")], 3)
+    assert kills >= 2 and compared > 40 and differ == []  # the last kill may come too late
 
 
 def kills(runs="4", steps="10"):
-    """The long form: every stage of so many runs is killed once, for two seeds. Prints a summary."""
-    total = Counter()
+    """The long form: every stage of so many runs is killed once, for two seeds."""
     for seed in (0, 1):
         with tempfile.TemporaryDirectory() as folder:
-            stages, rng, clock = [pebr.ORDER] * int(runs), random.Random(seed), time.monotonic()
-            hit, compared, differ = kill_and_compare(Path(folder), seed, stages, int(steps), rng)
-        print(f"\nseed {seed}: {hit.total()} kills, {time.monotonic() - clock:.0f} s;", end=" ")
-        print(f"{compared} files compared, {len(differ)} differ {differ}")
-        total += hit
-    print(f"{total.total()} kills:", ", ".join(f"{count} in {name}" for name, count in total.most_common()))
+            found = kill_and_compare(Path(folder), seed, [pebr.ORDER] * int(runs), int(steps))
+        print("\nseed {}: {} kills, {} files compared, differ: {}".format(seed, *found), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Several processes
 
-DRIVER = """
-import sys
-sys.path.insert(0, {folder!r})
-import pebr
-pebr.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}  # accuracy is 0 in so small a model
-score, save = pebr.score_rollouts, pebr.save_policy
-pebr.score_rollouts = lambda rollouts, clip: [part | {{"length": float(len(r.tokens) % 5 > 2)}}
-                                              for r, part in zip(rollouts, score(rollouts, clip))]
-pebr.save_policy = lambda policy, model, folder: print("saves", type(model)) or save(policy, model, folder)
-pebr.main(sys.argv[1:])
-"""
-FSDP2 = f"{Path(pebr.__file__).parent}/configs/fsdp2.yaml --num_processes 2 --main_process_port 29612"
-LAUNCHERS = {
+ROOT, PROCESSES = Path(pebr.__file__).parent, torch.cuda.device_count() or 2
+LAUNCH = "-m accelerate.commands.launch --main_process_port 0"  # any free port
+LAUNCHERS = {  # by the class that accelerate makes of the policy
     "Policy": "",
-    "DistributedDataParallel": "-m torch.distributed.run --nproc_per_node 2 --master_port 29611",
-    "FSDPPolicy": f"-m accelerate.commands.launch --config_file {FSDP2}",
+    "DistributedDataParallel": f"-m torch.distributed.run --standalone --nproc_per_node {PROCESSES}",
+    "FSDPPolicy": f"{LAUNCH} --config_file {ROOT}/configs/fsdp2.yaml --num_processes {PROCESSES}",
 }
 
 
-def three_updates(wrapper, model, toy, folder, *argv):
+def train(*argv):
+    """pebr.py with rewards that are not all the same; says what accelerate has made of the policy."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    save = pebr.save_policy
+    pebr.save_policy = lambda *args: print("saves", type(args[1])) or save(*args)
+    with spread_rewards(levels=2):
+        pebr.main(list(argv))
+
+
+def three_updates(wrapper, model, toy, folder, *argv, command=run_script):
     """Weights, metrics, samples of three updates; of each one's four questions two have no picture."""
     new_run(toy, folder)
     rows = read_json(toy / "train.json")[:8]
     for row in rows[2:4] + rows[6:8]:
         row.update(images=[], problem=row["problem"].replace("<image>", ""))
     (folder / "rows.json").write_text(json.dumps(rows))
-    (folder / "driver.py").write_text(DRIVER.format(folder=str(Path(pebr.__file__).parent)))
     files = f"--from_model {model} --from_data {folder}/rows.json --image_root {toy} --run_dir {folder}"
-    sizes = "--update_batch_size 4 --group_size 3 --max_steps 3 --max_new_tokens 40 --threads 1"
-    how = f"--stage reasoning {SMALL} --learning_rate 1e-4 --temperature 2.0"
-    printed = run_script(LAUNCHERS[wrapper], f"{folder}/driver.py", how, files, sizes, *argv)
+    sizes = "--update_batch_size 4 --group_size 3 --max_steps 3 --max_new_tokens 40"
+    how = f"train --stage reasoning {SMALL} --learning_rate 1e-4 --temperature 2.0"
+    printed = command(LAUNCHERS[wrapper], __file__, how, files, sizes, *argv)
     assert f".{wrapper}'>" in printed and "Removed shared tensor" not in printed
     folder = folder / "reasoning"
     return weights_of(folder), read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
@@ -2780,7 +2042,7 @@ def test_two_processes_make_the_updates_of_one_by_ddp_and_by_fsdp2(toy, toy_run,
     model, start = toy_run / "warmup", weights_of(toy_run / "warmup")
     (expected, metrics, samples), *others = (three_updates(w, model, toy, tmp_path / w) for w in LAUNCHERS)
     assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-4
-    assert len({s["tokens"] for s in samples}) > 3 and 0 < metrics[0]["tied_groups"] < 1
+    assert len({s["tokens"] for s in samples}) > 3 and 0 < sum(m["tied_groups"] for m in metrics) < 3
     for weights, *logs in others:
         assert max((weights[name] - expected[name]).abs().max() for name in expected) < 1e-5
         assert [s["completion"] for s in logs[1]] == [s["completion"] for s in samples]
@@ -2805,492 +2067,435 @@ def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
     assert seen["timeout"].total_seconds() == 2 * 3600  # NCCL's ten minutes are too short for a checkpoint
 
 
-def test_accelerate_launch_runs_the_papers_bf16_path_from_the_command_line(toy, toy_run, tmp_path):
+def test_accelerate_launch_runs_the_papers_bf16_path_with_tied_weights_quietly(tied, toy, toy_run, tmp_path):
     run_dir = new_run(toy, tmp_path / "run")
-    bf16 = f"--run_dir {run_dir} --threads 1 --max_steps 1 --mixed_precision bf16 --gradient_checkpointing"
-    run_script("-m accelerate.commands.launch", pebr.__file__, small("perception", toy_run), bf16)
-    [metrics] = read_lines(run_dir / "perception" / "metrics.jsonl")
+    how = f"--from_model {tied} --mixed_precision bf16 --gradient_checkpointing --checkpoint_minutes 0"
+    printed = run_script(LAUNCH, pebr.__file__, small("perception", toy_run), f"--run_dir {run_dir}", how)
+    metrics, _ = read_lines(run_dir / "perception" / "metrics.jsonl")
     assert 1e-6 < metrics["sampler_gap"] < 0.05 and metrics["kl"] < 0.05  # rounding, and not more
+    assert "Removed shared tensor" not in printed  # accelerate says so at every checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Measurements for the README, by hand: python test_pebr.py NAME
+# A measurement for the README: python test_pebr.py trl
 
 
-def peer_world(folder, image_side):
-    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
-    from transformers import AutoProcessor, GenerationConfig
+def allow_large_pictures(model):
+    from transformers import AutoProcessor
 
-    vocabulary, model, rl, rng = [f"w{i}" for i in range(2000)], folder / "model", [], random.Random(0)
-    sizes = data.ToyConfig(hidden=256, vision_layers=4)
-    data.build_toy_model(model, 0, sizes, ["user", "assistant", *vocabulary])
     processor = AutoProcessor.from_pretrained(model)
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
     processor.save_pretrained(model)
-    ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    return processor.tokenizer
+
+
+def peer_world(folder, side):
+    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
+    from transformers import GenerationConfig
+
+    vocabulary, model, rows, rng = [f"w{i}" for i in range(2000)], folder / "model", [], random.Random(0)
+    sizes = replace(TINY, hidden=256, text_layers=4, vision_layers=4)
+    data.build_toy_model(model, 0, sizes, ["user", "assistant", *vocabulary])
+    tokenizer = allow_large_pictures(model)
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
     for i in range(8):
-        picture(folder / f"{i}.png", (image_side, image_side), tuple(rng.choices(range(256), k=3)))
+        image = picture(folder / f"{i}.png", (side, side), tuple(rng.choices(range(256), k=3)))
         problem = " ".join(rng.choices(vocabulary, k=59))
-        rl.append({"qid": str(i), "problem": problem, "answer": "7", "images": [f"{i}.png"]})
-    (folder / "rl.json").write_text(json.dumps(rl))
+        rows.append({"qid": str(i), "problem": problem, "answer": "7", "images": [image]})
+    (folder / "rl.json").write_text(json.dumps(rows))
     (folder / "prompt.txt").write_text("{question}")
 
 
-def train_with_trl(folder, steps, max_new_tokens):
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def with_trl(folder, steps, length):
     """The peer: TRL's GRPOTrainer on the same model, rows and settings."""
     from datasets import Dataset
     from transformers import AutoProcessor
     from trl import GRPOConfig, GRPOTrainer
 
-    rows = read_json(Path(folder, "rl.json"))
+    clocks, imported, rows = [], peak_mib(), read_json(Path(folder, "rl.json"))
     ask = lambda row: [{"role": "user", "content": row["problem"]}]
-    rows = [{"prompt": ask(row), "image": Image.open(f"{folder}/{row['images'][0]}")} for row in rows]
+    rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
     settings = GRPOConfig(
         output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=int(steps), save_strategy="no",
         report_to=[], disable_tqdm=True, logging_steps=1000, learning_rate=1e-6, num_generations=8,
         per_device_train_batch_size=8, gradient_accumulation_steps=4, temperature=1.2, top_p=0.99, top_k=0,
-        beta=0.01, gradient_checkpointing=False, max_completion_length=int(max_new_tokens),
+        beta=0.01, gradient_checkpointing=False, max_completion_length=int(length),
         model_init_kwargs={"dtype": "float32"})  # fmt: skip
-    clocks = []  # at each call of the reward, which is one a step
 
-    def reward(completion_ids, **_):
+    def reward(completion_ids, **_):  # called once a step
         clocks.append(time.process_time())
         return [float(sum(ids) % 7) for ids in completion_ids]
 
     processor = AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
     train = dict(train_dataset=Dataset.from_list(rows * int(steps)), processing_class=processor)
     GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **train).train()
-    print_cost(clocks)
+    print("COST", json.dumps([clocks, imported, peak_mib()]))
 
 
-def train_with_pebr(folder, steps, max_new_tokens):
+def with_pebr(folder, steps, length):
     """Ours, the reasoning stage from the command line."""
-    score, clocks = pebr.score_rollouts, []
+    clocks, imported, score = [], peak_mib(), pebr.score_rollouts
     pebr.score_rollouts = lambda *args: clocks.append(time.process_time()) or score(*args)
-    files = f"--model {folder}/model --from_model {folder}/model --from_data {folder}/rl.json"
-    sizes = f"--batch_size 4 --update_batch_size 4 --max_new_tokens {max_new_tokens} --max_pixels 2000000"
-    how = f"--max_steps {steps} --mixed_precision no --no-gradient_checkpointing"
-    run(f"{folder}/run", f"--stage reasoning --prompt_file {folder}/prompt.txt", files, sizes, how)
-    print_cost(clocks)
+    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps {steps}
+        --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
+        --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
+    run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
+    print("COST", json.dumps([clocks, imported, peak_mib()]))
 
 
-def print_cost(clocks=()):
-    """Peak MiB; median of the CPU seconds from reward to reward, without the first: it wakes libraries."""
-    seconds = [after - before for before, after in itertools.pairwise(clocks)][1:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print("COST", peak, statistics.median(seconds or [0]))
-
-
-def imports(module="json"):
-    """What a side needs before it has a model."""
-    importlib.import_module(module)
-    print_cost()
-
-
-def bench_trl(steps="3"):
-    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
+def trl(steps="3"):
+    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses.
+    CPU seconds from reward to reward, their median without the first; peak MiB, and less that of imports."""
 
     def measure(name, *arguments):
         printed = run_script("-W ignore", __file__, name, *arguments)
-        return tuple(map(float, printed.split("COST")[1].split()[:2]))
+        clocks, imported, peak = json.loads(printed.split("COST")[1].splitlines()[0])
+        return statistics.median([b - a for a, b in itertools.pairwise(clocks)][1:]), peak, peak - imported
 
-    (theirs, _), (ours, _) = measure("imports", "trl.trainer.grpo_trainer"), measure("imports")
-    print(f"imports alone: TRL {theirs:.0f} MiB, pebr.py {ours:.0f} MiB\n")
     print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
     print(" | ratio | less imports |\n" + "|---" * 8 + "|")
     for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
         with tempfile.TemporaryDirectory() as folder:
             peer_world(Path(folder), side)
-            names = ("train_with_trl", "train_with_pebr")
-            (trl, trl_s), (own, own_s) = (measure(name, folder, 2 + int(steps), length) for name in names)
-        seconds = f"{trl_s:.2f} | {own_s:.2f} | {trl_s / own_s:.1f}x | {trl:.0f} | {own:.0f}"
-        ratios = f"{own / trl:.2f} | {(own - ours) / (trl - theirs):.2f}"
-        print(f"| {(side // 28) ** 2 + 70} : {length} | {seconds} | {ratios} |", flush=True)
+            size = folder, 2 + int(steps), length
+            s, mib, less = measure("with_trl", *size)
+            our_s, our_mib, our_less = measure("with_pebr", *size)
+        compared = f"{s:.2f} | {our_s:.2f} | {s / our_s:.1f}x | {mib} | {our_mib} | {our_mib / mib:.2f}"
+        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {our_less / less:.2f} |", flush=True)
 
 
-STAGE_COMMANDS = {"trl": bench_trl, "train_with_trl": train_with_trl, "train_with_pebr": train_with_pebr,
-                  "imports": imports, "kills": kills}  # fmt: skip
+HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="javascript:0">"""
+
+
+def tags_and_text(page):
+    """The kinds of tags that a browser sees, with the names of their attributes, and the text between them."""
+    parser, tags, text = HTMLParser(), set(), []
+    parser.handle_starttag = lambda tag, attributes: tags.add((tag, *(name for name, _ in attributes)))
+    parser.handle_data = text.append
+    parser.feed(page.read_text())
+    return tags, "".join(text)
+
+
+def spoiled(value):
+    if isinstance(value, dict):
+        return {name: item if name == "images" else spoiled(item) for name, item in value.items()}
+    return [*map(spoiled, value)] if type(value) is list else value + HOSTILE if type(value) is str else value
+
+
+def test_the_report_shows_all_stages_and_no_text_of_models_and_data_becomes_a_tag(toy_run, tmp_path):
+    run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
+    tags, text = tags_and_text(run_dir / "report.html")
+    assert ("img", "alt", "src") in tags and "Evaluation" in text and "Difficulty" in text
+    assert all(f"{stage}, step 2" in text for stage in ("warmup", "perception", "reasoning"))
+    for path in [
+        run_dir / "sample/hard.json",
+        *run_dir.rglob("samples.jsonl"),
+        *run_dir.rglob("pred*.jsonl"),
+    ]:
+        lines = [read_json(path)] if path.suffix == ".json" else read_lines(path)
+        path.write_text("".join(json.dumps(spoiled(line)) + "\n" for line in lines))
+    for name, folders in (("train", ("perception", "reasoning")), ("test", ("evaluate", "evaluate/test"))):
+        path = run_dir / f"{name}.json"
+        path.write_text(json.dumps(spoiled(read_json(toy_run / "toy" / path.name))))
+        moved = {"from_data": str(path), "data": str(path), "image_root": f"{toy_run}/toy"}
+        for settings in (run_dir / folder / "settings.json" for folder in folders):
+            settings.write_text(json.dumps(read_json(settings) | moved))
+    pebr.write_report(run_dir)
+    hostile_tags, hostile_text = tags_and_text(run_dir / "report.html")
+    assert hostile_tags == tags and hostile_text.count(HOSTILE.strip()) > 100
+
+
+def test_the_report_marks_keywords_and_sections_and_reads_the_end_of_a_long_torn_file(toy_run, tmp_path):
+    page = pebr.gallery(Row("", "1", "<image>q", "2", [], ["red dot", "cat"]), ["head"], [GOOD])
+    assert '<span class="k1">red dot</span>, <span class="k0">cat</span>' in page
+    assert '<p class="description"><small>Image Description</small> Two red dots. </p>' in page
+    run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
+    samples, report = run_dir / "perception" / "samples.jsonl", (run_dir / "report.html").read_bytes()
+    samples.write_text(json.dumps("x" * 2**20) + "\n" + samples.read_text() + '{"torn": ')
+    pebr.write_report(run_dir)
+    assert (run_dir / "report.html").read_bytes() == report
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The README: its flags exist, its patches apply and train
 
-ROOT = Path(pebr.__file__).parent
 README = (ROOT / "README.md").read_text()
-PATCHES = re.findall(r"\n([^\n]+)\n```diff\n(.*?)```", README, re.DOTALL)
+PATCHES = re.findall(r"\n([^\n]+)\n```diff\n\+\+\+ (\S+)\n(.*?)```", README, re.DOTALL)
 
 
-def patched(name, text, patch):
-    """The file's text after those hunks of a README patch that are for it. Each has to fit exactly once."""
-    file, hunks = re.fullmatch(r"\+\+\+ (\S+)\n(.*)", patch, re.DOTALL).groups()
-    for hunk in hunks.split("@@\n") if file == name else ():
-        lines = hunk.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
-        assert old and text.count(old) == 1, hunk
-        text = text.replace(old, new)
-    return text
-
-
-def test_flags_that_the_readme_names_exist():
-    ours = {f.name for f in pebr.fields(Config)}
-    theirs = {"num_processes", "config_file", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
-              "multi_gpu", "help", "mode", "data", "work-dir"}  # fmt: skip
+def test_flags_that_the_readme_names_exist_and_each_patch_is_found():
+    ours = {field.name for field in pebr.fields(Config)}
+    theirs = set(
+        words("num_processes config_file num_machines machine_rank main_process_ip main_process_port")
+    )
+    theirs |= {"multi_gpu", "help", "mode", "data", "work-dir"}
     named = {name.removeprefix("no-") for name in re.findall(r"--([a-z][\w-]+)", README)}
-    assert named - theirs <= ours and len(named & ours) > 25
+    assert named - theirs <= ours and len(named & ours) > 25 and len(PATCHES) == README.count("```diff")
 
 
-@pytest.mark.parametrize("title, patch", PATCHES, ids=[title.split()[0] for title, _ in PATCHES])
-def test_a_patch_of_the_readme_applies_and_takes_two_steps(title, patch, toy, toy_run, tmp_path):
-    if "peft" in patch:
+@pytest.mark.parametrize("title, file, hunks", PATCHES, ids=[title.split()[0] for title, *_ in PATCHES])
+def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_run, tmp_path, monkeypatch):
+    if "peft" in hunks:
         pytest.importorskip("peft")
-    names, rows = ("rewards", "data", "pebr"), json.loads((toy / "train.json").read_text())
-    if "data.py" in patch:
+    modules, rows = ("rewards", "data", "pebr"), read_json(toy / "train.json")
+    if file == "data.py":
         rows = [{"text": row["problem"].replace("<image>", ""), "label": row["answer"]} for row in rows]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    for name in names:
-        text = (ROOT / f"{name}.py").read_text()
-        (tmp_path / f"{name}.py").write_text(patched(f"{name}.py", text, patch))
-    files = f"--from_model {toy_run}/warmup --from_data {tmp_path}/rows.json --image_root {toy}"
-    argv = words("--run_dir", new_run(toy, tmp_path / "run"), "--stage reasoning --threads 1", SMALL, files)
-    with pytest.MonkeyPatch.context() as patch_modules:
-        patch_modules.syspath_prepend(str(tmp_path))
-        for name in names:
-            patch_modules.delitem(sys.modules, name)
-        fork = importlib.import_module("pebr")
-        assert fork.__file__.startswith(str(tmp_path))
-        fork.STAGE_REWARDS["reasoning"] |= {"length": 1e-3}  # with accuracy 0 all groups are tied
-        fork.score_rollouts = spread(fork.score_rollouts)
-        fork.main(argv)
-    pebr.AttentionInterface.register("shared_prefix", pebr.shared_prefix_attention)
-    assert [line["step"] for line in read_lines(tmp_path / "run" / "reasoning" / "metrics.jsonl")] == [1, 2]
-    assert not same_weights(tmp_path / "run" / "reasoning", toy_run / "warmup")
-
-
-def spread(score):
-    """A reward that is not the same for all responses of so small a model."""
-    return lambda rollouts, clip: [
-        part | {"length": float(i % 2)} for i, part in enumerate(score(rollouts, clip))
-    ]
+    for name in modules:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+        monkeypatch.delitem(sys.modules, name)
+    text = (tmp_path / file).read_text()
+    for hunk in hunks.split("@@\n"):
+        old, new = ("".join(re.findall(rf"^\{sign}(.*\n)", hunk, re.MULTILINE)) for sign in "-+")
+        assert old and text.count(old) == 1, hunk
+        text = text.replace(old, new)
+    (tmp_path / file).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fork = importlib.import_module("pebr")
+    flags = f"--stage reasoning {SMALL} --from_model {toy_run}/warmup --from_data {tmp_path}/rows.json"
+    with spread_rewards(fork):
+        fork.main(words("--run_dir", new_run(toy, tmp_path / "run"), flags, "--image_root", toy))
+    pebr.AttentionInterface.register("shared_prefix", pebr.shared_prefix_attention)  # the fork has its own
+    made = tmp_path / "run" / "reasoning"
+    assert fork.__file__ == str(tmp_path / "pebr.py") and len(read_lines(made / "metrics.jsonl")) == 2
+    before, after = weights_of(toy_run / "warmup"), weights_of(made)
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in after)
 
 
 def test_departures_are_numbered_in_the_header_and_cited_in_the_code():
-    header = set(map(int, re.findall(r"^\s*\[(\d+)\]", pebr.__doc__, re.MULTILINE)))
-    code = "".join((ROOT / name).read_text() for name in ("pebr.py", "rewards.py", "data.py")).replace(
-        pebr.__doc__, ""
-    )
-    assert header == set(range(1, 15)) and header <= set(map(int, re.findall(r"\[(\d+)\]", code)))
+    header = re.findall(r"^\s*\[(\d+)\]", pebr.__doc__, re.MULTILINE)
+    code = "".join((ROOT / name).read_text() for name in ("pebr.py", "rewards.py", "data.py"))
+    assert header == list(map(str, range(1, 15)))
+    assert set(header) <= set(re.findall(r"\[(\d+)\]", code.replace(pebr.__doc__, "")))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What a GPU must show: `python test_pebr.py gpu`; `gpu tiny` takes every part through at tiny size on a CPU
 
-SHAPES = {  # text, vision, sections of the rotary embedding, standard deviation of the weights, tokens
-    "3B": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16),
-           dict(hidden_size=1280, intermediate_size=3420, depth=32, fullatt_block_indexes=[7, 15, 23, 31]),
-           [16, 24, 24], 0.02, 151_936),
-    "toy": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
-            dict(hidden_size=64, intermediate_size=128, depth=2, fullatt_block_indexes=[1]),
-            [2, 3, 3], 0.1, 1000),
-}  # fmt: skip
+TEXT_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 151_936}
+TEXT_3B |= {"num_attention_heads": 16, "layer_types": None, "initializer_range": 0.02}
+TEXT_3B["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+VISION_3B = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048, "depth": 32}
+VISION_3B |= {"num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31], "initializer_range": 0.02}
 
 
-def build_policy(shape: str, device) -> pebr.Policy:
-    """Qwen2.5-VL of this shape with random weights, made on the device, past disk and CPU memory."""
-    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
-
-    processor = data.toy_processor(["user", "assistant", *(f"w{i}" for i in range(100))])
-    text, vision, sections, std, words = SHAPES[shape]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    text = dict(text, vocab_size=words, num_key_value_heads=2, rope_parameters=rope, initializer_range=std)
-    vision = dict(
-        vision, num_heads=16 if shape == "3B" else 4, out_hidden_size=text["hidden_size"], window_size=112
-    )
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    marks = dict(zip(names, processor.tokenizer.convert_tokens_to_ids(marks)))
-    text |= dict(bos_token_id=processor.tokenizer.pad_token_id, eos_token_id=processor.tokenizer.eos_token_id)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    return pebr.Policy(model, processor, fast=True)
-
-
-def choose_engine(policy: pebr.Policy, engine: str) -> None:
-    """As load_policy does for --fast and --no-fast."""
-    policy.fast = engine == "fast"
-    varlen = policy.fast and torch.cuda.is_available() and pebr.accelerator.mixed_precision == "bf16"
-    policy.model.config.text_config._attn_implementation = "shared_prefix" if policy.fast else "sdpa"
-    policy.model.config.vision_config._attn_implementation = "varlen_flash" if varlen else "sdpa"
-
-
-def make_prompts(policy: pebr.Policy, cfg, count: int, length: int) -> list:
-    """Prompts of `length` tokens, each with a picture of cfg.max_pixels; 28 x 28 pixels are a token."""
-    policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": cfg.max_pixels}
-    side = round(cfg.max_pixels**0.5)
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        Image.effect_noise((side, side), 100).convert("RGB").save(file.name)
-
-        def prompt(i, words):
-            row = Row("", str(i), " ".join(f"w{(i + k) % 100}" for k in range(words)), "1", [file.name])
-            return pebr.encode_prompt(policy, row, cfg, i)
-
-        words = 1 + length - prompt(0, 1).inputs["input_ids"].shape[1]
-        return [prompt(i, words) for i in range(count)]
-
-
-def gpu_setup(precision: str, **settings) -> Config:
+def gpu_setup(precision: str, **settings) -> tuple[str, Config]:
+    """A folder with a toy world, and settings. Without TF32: float32 is float32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pebr.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
-    settings = dict(kl_coef=0.0, group_size=8, temperature=1.0, generate_batch_size=1024) | settings
-    pebr.read_instruction = lambda _: "{question}"  # prompts of an exact length
-    return Config("reasoning", mixed_precision=precision, **settings)
+    folder = tempfile.mkdtemp()
+    data.build_toy_world(folder, 0, replace(TINY, vision_layers=2))  # one layer in windows, one without
+    return folder, Config(mixed_precision=precision, prompt_file=f"{folder}/prompt.txt", **settings)
 
 
-def timed(work):
-    """(result, seconds, peak GiB); without a GPU the peak is 0."""
-    cuda = torch.cuda if torch.cuda.is_available() else None
-    cuda and (cuda.synchronize(), cuda.reset_peak_memory_stats())
-    start, result = time.perf_counter(), work()
-    cuda and cuda.synchronize()
-    return result, time.perf_counter() - start, cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-
-
-def time_rollout(policy: pebr.Policy, prompts: list, C: int, cfg):
-    """(seconds, GiB, bytes to read, figures): G rollouts to each prompt, all of C tokens."""
-    policy.banned_ids = sorted({*policy.banned_ids, *policy.end_ids})
-    work = lambda: pebr.generate_rollouts(
-        policy, prompts, cfg.group_size, replace(cfg, max_new_tokens=C), "gpu"
-    )
-    rollouts, seconds, gib = timed(work)
-    assert {len(r.tokens) for r in rollouts} == {C}
-    text, T = policy.model.config.text_config, prompts[0].inputs["input_ids"].shape[1]
-    # Bytes in bf16, of a token's keys and values and of the weights; the embedding is the head, too.
-    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    weights = 2 * sum(p.numel() for p in policy.model.get_decoder().parameters())
-    # Each step must read the weights, every prompt's keys and values once, and those of every response.
-    must_read = sum(weights + kv * (len(prompts) * T + len(rollouts) * step) for step in range(1, C))
-    with torch.no_grad(), pebr.accelerator.autocast():
-        forward = [policy(batch, cfg.temperature)[0] for batch in pebr.in_batches(rollouts[:16], 8)]
-    gap = (torch.cat(forward).cpu() - torch.stack([r.old_logprobs for r in rollouts[:16]])).abs()
-    return seconds, gib, must_read, {"sampler_gap": float(gap.mean()), "largest log ratio": float(gap.max())}
-
-
-def one_update(policy: pebr.Policy, rollouts: list, optimizer, cfg) -> None:
-    """As train_grpo has it, without a reference. Plain SGD: Adam's states would take 28 GiB more for the 3B."""
-    policy.train()
-    for batch in pebr.in_batches(rollouts, cfg.micro_batch_size):
-        with pebr.accelerator.autocast():
-            logprobs, _, mask = policy(batch, cfg.temperature)
-        adv = torch.arange(len(batch), device=mask.device) % 3 - 1.0
-        loss, _ = pebr.grpo_loss(logprobs, logprobs.detach(), None, adv, mask, mask.sum(), cfg)
-        pebr.accelerator.backward(loss)
-    pebr.optimizer_step(policy, optimizer, Counter(loss=loss.detach()), 1e-6, cfg)
-
-
-def time_update(policy: pebr.Policy, prompts: list, C: int, cfg):
-    """(seconds, GiB, FLOPs, figures): one update on G random responses of C tokens to each prompt."""
-    rollouts = rollouts_of(
-        [p for p in prompts for _ in range(cfg.group_size)], [C] * cfg.group_size * len(prompts)
-    )
-    model, seen, optimizer = policy.model, Counter(), torch.optim.SGD(policy.parameters(), lr=1e-6)
-    count = lambda _, args, x: seen.update(tokens=x["input_ids"].numel(), patches=len(x["pixel_values"]))
-    hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    _, seconds, gib = timed(lambda: one_update(policy, rollouts, optimizer, cfg))
-    hook.remove()
-    parts = model.get_decoder().layers, model.base_model.visual, model.get_output_embeddings()
-    layers, vision, head = (sum(p.numel() for p in part.parameters()) for part in parts)
-    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own are left out.
-    flops = 8 * (layers * seen["tokens"] + vision * seen["patches"] + head * C * len(rollouts))
-    return seconds, gib, flops, {"processed tokens": seen["tokens"], "patches": seen["patches"]}
-
-
-def show(what: str, work, *arguments) -> None:
-    """A row of the table, printed at once: a part that is stopped keeps it. A failure is a row, too."""
+def report(what: str, work=dict, *arguments) -> None:
+    """A line of gpu.jsonl, written at once: a part that is stopped keeps it. A failure is a line, too."""
     try:
         values = work(*arguments)
     except Exception as error:
         values = {"FAILED": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
-    print("ROW " + json.dumps({"what": what, **values}), flush=True)
+    with open(Path(os.environ.get("OUT", "."), "gpu.jsonl"), "a") as file:
+        file.write(json.dumps({"what": what, **values}) + "\n")
 
 
-def gpu_float32(tiny: bool) -> None:
-    """The two engines on the toy's shape: greedy tokens, and log-probs and gradients of ragged groups."""
-    cfg = gpu_setup("no", max_pixels=56 * 56, group_size=1, temperature=0.0, max_new_tokens=64)
-    policy, results = build_policy("toy", pebr.accelerator.device), {}
-    prompts = [prompt for length in (20, 33, 50) for prompt in make_prompts(policy, cfg, 2, length)]
-    lengths = [9, 1, 4, 7, 3, 2, 5, 5, 12, 12, 8, 1, 30, 30, 30, 2, 2, 1]
-    rollouts = rollouts_of([p for p in prompts for _ in range(3)], lengths)
-    for engine in ("fast", "plain"):
-        choose_engine(policy, engine)
-        greedy = [r.tokens.tolist() for r in pebr.generate_rollouts(policy, prompts, 1, cfg, "gpu")]
-        policy.train().zero_grad()
-        logprobs, _, mask = policy(rollouts, 1.2)
-        advantages = torch.arange(18, device=mask.device) % 3 - 1.0
-        (logprobs * mask * advantages[:, None]).sum().backward()
-        results[engine] = greedy, [logprobs.detach()], [p.grad for p in policy.parameters()]
-    (tokens, *fast), (expected, *plain) = results.values()
-    show("greedy responses", lambda: {"equal": sum(map(list.__eq__, tokens, expected)), "of": len(expected)})
-    for what, ours, theirs in zip(("log-probs", "gradients"), fast, plain):
-        largest = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-        scale = max(float(b.abs().max()) for b in theirs)
-        show(what, lambda: {"largest difference": largest, "over the largest value": largest / scale})
+def gpu_float32(_) -> dict:
+    """The fast engine against the plain one: greedy tokens, and log-probs and gradients of ragged groups."""
+    (folder, cfg), results = gpu_setup("no", stage="reasoning", max_new_tokens=64), []
+    for fast in (True, False):
+        policy = pebr.load_policy(f"{folder}/model", replace(cfg, fast=fast)).to(pebr.accelerator.device)
+        rows = data.load_rows(f"{folder}/train.json")[0][:6]
+        prompts = [pebr.encode_prompt(policy, row, cfg, i) for i, row in enumerate(rows)]
+        greedy = pebr.generate_rollouts(policy, prompts, 1, replace(cfg, temperature=0.0), "gpu")
+        lengths = [9, 1, 4, 7, 3, 2, 5, 5, 12, 12, 8, 1, 30, 30, 30, 2, 2, 1]
+        logprobs, _, mask = policy(rollouts_of([p for p in prompts for _ in range(3)], lengths), 1.2)
+        (logprobs * mask * (torch.arange(18, device=mask.device) % 3 - 1.0)[:, None]).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        results.append(([r.tokens.tolist() for r in greedy], logprobs.detach(), gradients))
+    (tokens, *fast), (expected, *plain) = results
+    logprobs, gradients = (float((a - b).abs().max() / b.abs().max()) for a, b in zip(fast, plain))
+    values = {"same greedy": tokens == expected, "log-probs off by": logprobs, "gradients by": gradients}
+    same = tokens == expected and max(logprobs, gradients) < 1e-4
+    return values if same else values | {"FAILED": "the engines differ"}
 
 
-FSDP_FLAGS = """--stage reasoning --max_steps 8 --checkpoint_minutes 0 --batch_size 4
-    --update_batch_size 2 --group_size 2 --max_new_tokens 40 --learning_rate 1e-5 --threads 1""".split()
+# Without training accuracy is 0; here a short response earns more, so that there are advantages.
 FSDP_DRIVER = """
 import sys, torch
-sys.path.insert(0, {folder!r})
+sys.path.insert(0, sys.argv.pop(1))
 import pebr, rewards
 torch.use_deterministic_algorithms(True, warn_only=True)
-rewards.STAGE_REWARDS["reasoning"] = {{"length": 1.0}}
-pebr.score_rollouts = lambda rollouts, _: [{{"length": len(r.tokens) % 5 / 4}} for r in rollouts]  # accuracy is 0
-pebr.main(sys.argv[1:])
+rewards.LENGTH_LIMIT, rewards.STAGE_REWARDS["reasoning"] = 2, {"length": 1.0}
+pebr.main()
 """
+FSDP_FLAGS = """--stage reasoning --max_steps 8 --checkpoint_minutes 0 --batch_size 4 --update_batch_size 2
+    --group_size 2 --max_new_tokens 40 --learning_rate 1e-4 --mixed_precision bf16 --gradient_checkpointing"""
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+def gpu_fsdp2(_) -> dict:
+    """The metrics of a run without a break against those of one that is killed and started again."""
+
+    def start(run_dir: Path) -> subprocess.Popen:
+        root, environment = Path(pebr.__file__).parent, os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        (run_dir / "driver.py").write_text(FSDP_DRIVER)
+        command = f"-m accelerate.commands.launch --config_file {root}/configs/fsdp2.yaml --num_processes 1"
+        command += f" --main_process_port 0 {run_dir}/driver.py {root} {FSDP_FLAGS} --run_dir {run_dir}"
+        command += f" --from_model {run_dir}/toy/model --from_data {run_dir}/toy/train.json"
+        return subprocess.Popen([sys.executable, *command.split()], env=environment)
+
+    whole, killed = (Path(tempfile.mkdtemp()) for _ in range(2))
+    for folder in (whole, killed):
+        data.build_toy_world(f"{folder}/toy", 0, TINY)
+    other, process, stage = start(whole), start(killed), killed / "reasoning"
+    while not any(stage.glob("checkpoint-[2-6]")):
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.005)
+    sharded = any("fsdp" in path.name for path in stage.glob("checkpoint-*/*"))
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
+    steps = (stage / "metrics.jsonl").read_text().count("\n")
+    assert (other.wait(), start(killed).wait()) == (0, 0), "a run failed"
+    texts = [(folder / "reasoning/metrics.jsonl").read_text() for folder in (whole, killed)]
+    a, b = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    gap = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-6) for x, y in zip(a, b, strict=True) for k in x)
+    assert len(a) == 8 and sharded and max(x["grad_norm"] for x in a) > 0
+    return {"killed after": steps, "of": len(a), "largest relative difference of a metric": gap}
 
 
-def gpu_fsdp2(tiny: bool) -> None:
-    """FSDP2 with one process: one run without a break, one that is killed after two steps and started again."""
-    root = Path(pebr.__file__).parent
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for deterministic algorithms
-
-    def run(folder, name):
-        Path(folder, name).mkdir(exist_ok=True)
-        with suppress(FileExistsError):  # the second start
-            Path(folder, name, "toy").symlink_to(f"{folder}/toy")
-        launch = [
-            "accelerate.commands.launch",
-            "--config_file",
-            f"{root}/configs/fsdp2.yaml",
-            "--num_processes",
-            "1",
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            *launch,
-            "--main_process_port",
-            "0",
-            f"{folder}/driver.py",
-            *FSDP_FLAGS,
-        ]
-        paths = (
-            f"--run_dir {folder}/{name} --from_model {folder}/toy/model --from_data {folder}/toy/train.json"
-        )
-        return subprocess.Popen([*command, *paths.split()], env=environment)
-
-    def kill_and_resume(folder):
-        data.build_toy_world(f"{folder}/toy", 0, data.ToyConfig(8, 8, 0, 4, clip_steps=1, clip_batch=4))
-        Path(folder, "driver.py").write_text(FSDP_DRIVER.format(folder=str(root)))
-        whole, killed, stage = run(folder, "whole"), run(folder, "killed"), Path(folder, "killed/reasoning")
-        while not any(stage.glob("checkpoint-[2-6]")):
-            assert killed.poll() is None, "the run ended before it was killed"
-            time.sleep(0.005)
-        sharded = any("fsdp" in path.name for path in stage.glob("checkpoint-*/*"))
-        kill_tree(killed)
-        steps = len((stage / "metrics.jsonl").read_text().splitlines())
-        assert (whole.wait(), run(folder, "killed").wait()) == (0, 0), "a run failed"
-        a, b = (read_lines(Path(folder, name, "reasoning/metrics.jsonl")) for name in ("whole", "killed"))
-        gap = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-6) for x, y in zip(a, b, strict=True) for k in x)
-        counts = {"steps": len(a), "killed after": steps, "sharded": sharded}
-        return {**counts, "equal": a == b, "largest relative difference": gap}
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        show("metrics of the killed run against the other's", kill_and_resume, folder)
+def timed(work) -> tuple:
+    """(result, seconds)"""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start, result = time.perf_counter(), work()
+    wait()
+    return result, time.perf_counter() - start
 
 
-def ceilings(tiny: bool, device) -> tuple[float, float]:
-    """FLOP/s of a large bf16 matrix product, bytes/s (read and written) of a large copy."""
-    n, size = (256, 2**20) if tiny else (8192, 2**32)
-    a, b = torch.randn(2, n, n, device=device).bfloat16()
-    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+def speed(seconds: float, tokens: int, needed: float, ceiling: float) -> dict:
+    """needed: bytes or FLOPs that no program can do without; ceiling: those per second. Resets the peak."""
+    values = {"seconds": seconds, "tokens/s": tokens / seconds, "of ceiling": needed / ceiling / seconds}
+    if torch.cuda.is_available():
+        values["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    return values
+
+
+def ceilings(n: int, size: int) -> tuple[float, float]:
+    """FLOP/s of an n x n bf16 matrix product, bytes/s (read and written) of a copy."""
+    a, b = torch.randn(2, n, n, device=pebr.accelerator.device).bfloat16()
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=a.device)
     best = lambda work: min(timed(lambda: [work() for _ in range(20)])[1] for _ in range(3)) / 20
     return 2 * n**3 / best(lambda: a @ b), 2 * size / best(lambda: target.copy_(source))
 
 
-def gpu_3b(tiny: bool) -> None:
-    """Random float32 weights, bf16 compute, gradient checkpointing, G = 8, 1,000 prompt tokens (900 a picture's)."""
-    cfg = gpu_setup("bf16", max_pixels=(56 if tiny else 840) ** 2)
-    flops, bandwidth = ceilings(tiny, pebr.accelerator.device)
-    show("ceilings", lambda: {"TFLOP/s": flops / 1e12, "TB/s": bandwidth / 1e12})
-    policy, seconds_of = build_policy("toy" if tiny else "3B", pebr.accelerator.device), {}
-    policy.model.activation_checkpointing_enable()
-    few, many, short, long = (2, 4, 6, 12) if tiny else (8, 32, 512, 2048)
-    prompts = make_prompts(policy, cfg, many, 40 if tiny else 1000)
-
-    def measure(work, engine, P, C, ceiling):
-        choose_engine(policy, engine)
-        work(policy, prompts[:1], 2 if work is time_rollout else C, cfg)  # loads kernels
-        seconds, gib, needed, figures = work(policy, prompts[:P], C, cfg)
-        fast = seconds_of.setdefault((work, P, C), seconds)  # the fast engine comes first
-        rates = {
-            "tokens/s": P * cfg.group_size * C / seconds,
-            "share of the ceiling": needed / ceiling / seconds,
-        }
-        return {"seconds": seconds, "over fast": seconds / fast, **rates, "peak GiB": gib, **figures}
-
-    for C, engine in itertools.product((short, long), ("fast", "plain")):
-        show(f"update, 16 rows of {C} tokens, {engine}", measure, time_update, engine, 2, C, flops)
-    for engine, P, C in (("fast", few, short), ("fast", many, short), ("fast", many, long),
-                         ("plain", few, short), ("fast", few, long), ("plain", many, short)):  # fmt: skip
-        show(f"rollout, {8 * P} rows of {C} tokens, {engine}", measure, time_rollout, engine, P, C, bandwidth)
+def random_3b(folder: str):
+    """Qwen2.5-VL-3B's shape with random weights, made on the device, past disk and CPU memory."""
+    toy = hf.Qwen2_5_VLConfig.from_pretrained(f"{folder}/model").to_dict() | {"tie_word_embeddings": True}
+    text, vision = toy.pop("text_config") | TEXT_3B, toy.pop("vision_config") | VISION_3B
+    config = hf.Qwen2_5_VLConfig(**toy, text_config=text, vision_config=vision)
+    with torch.device(pebr.accelerator.device):
+        return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-GPU_PARTS = {"float32": gpu_float32, "fsdp2": gpu_fsdp2, "3B": gpu_3b}
+def time_rollout(policy: pebr.Policy, prompts: list, cfg: Config, bandwidth: float) -> dict:
+    """G rollouts to each prompt, all of full length, and how far the training forward is from them."""
+    work = lambda: pebr.generate_rollouts(policy, prompts, cfg.group_size, cfg, "gpu")
+    (rollouts, seconds), C, T = timed(work), cfg.max_new_tokens, prompts[0].inputs["input_ids"].shape[1]
+    assert {len(r.tokens) for r in rollouts} == {C}
+    # Bytes in bf16, of a token's keys and values and of the weights; the embedding is the head, too.
+    text = policy.model.config.text_config
+    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    weights = 2 * sum(p.numel() for p in policy.model.get_decoder().parameters())
+    # Each step must read the weights, every prompt's keys and values once, and those of every response.
+    must_read = sum(weights + kv * (len(prompts) * T + len(rollouts) * step) for step in range(1, C))
+    values = speed(seconds, C * len(rollouts), must_read, bandwidth)
+    with torch.no_grad(), pebr.accelerator.autocast():
+        logprobs = [policy(batch, cfg.temperature)[0].cpu() for batch in pebr.in_batches(rollouts[:16], 8)]
+    gap = (torch.cat(logprobs) - torch.stack([r.old_logprobs for r in rollouts[:16]])).abs()
+    return values | {"sampler_gap": float(gap.mean()), "largest |log ratio|": float(gap.max())}
 
 
-def run_part(name: str, size: str, end: float) -> dict:
-    """A part in a process of its own, until `end` on the clock: its seconds and the rows that it has shown."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if size == "tiny" else {})
-    command, start = [sys.executable, "-W", "ignore", sys.argv[0], "gpu", size, name], time.monotonic()
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    child = subprocess.Popen(command, env=environment, **pipe)
-    try:
-        output, _ = child.communicate(timeout=max(1, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        kill_tree(child)
-        output = child.communicate()[0] + "\nstopped: out of time"
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
-    rows += [{"what": "the rest", "FAILED": output.splitlines()[-1][:200]}] if child.returncode else []
-    if any("FAILED" in row for row in rows):
-        print(output[-3000:], file=sys.stderr)
-    return {"seconds": round(time.monotonic() - start), "rows": rows}
+def update(policy: pebr.Policy, rollouts: list, cfg: Config) -> None:
+    """train_grpo's, without a reference and by plain SGD: Adam's states would take 28 GiB more for the 3B."""
+    num_tokens, optimizer = len(rollouts) * cfg.max_new_tokens, torch.optim.SGD(policy.parameters())
+    for batch in pebr.in_batches(rollouts, cfg.micro_batch_size):
+        with pebr.accelerator.autocast():
+            logprobs, _, mask = policy(batch, cfg.temperature)
+        adv = torch.arange(len(batch), device=mask.device) % 3 - 1.0
+        loss, _ = pebr.grpo_loss(logprobs, logprobs.detach(), None, adv, mask, num_tokens, cfg)
+        pebr.accelerator.backward(loss)
+    metrics = pebr.optimizer_step(policy, optimizer, Counter(loss=loss.detach()), 1e-6, cfg)
+    assert metrics["grad_norm"] > 0 and not metrics["skipped_updates"]
 
 
-def gpu(size: str = "", part: str = "") -> None:
-    """510 seconds at most; the two parts that measure no time run side by side. Writes gpu.json and gpu.md to $OUT,
-    or to the current folder. Exits with 1 if something failed."""
-    if part:
-        return GPU_PARTS[part](size == "tiny")
+def time_update(policy: pebr.Policy, prompts: list, cfg: Config, peak_flops: float) -> dict:
+    """An update on G random responses of full length to each prompt."""
+    N, model, C = len(prompts) * cfg.group_size, policy.model, cfg.max_new_tokens
+    rollouts = rollouts_of([p for p in prompts for _ in range(cfg.group_size)], [C] * N)
+    _, seconds = timed(lambda: update(policy, rollouts, cfg))
+    parts = model.get_decoder().layers, model.base_model.visual, model.get_output_embeddings()
+    layers, vision, head = (sum(p.numel() for p in part.parameters()) for part in parts)
+    T, patches = prompts[0].inputs["input_ids"].shape[1], len(prompts[0].inputs["pixel_values"])
+    through = (len(prompts) if policy.fast else N) * (layers * T + vision * patches)
+    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own are left out.
+    return speed(seconds, C * N, 8 * (through + (layers + head) * C * N), peak_flops)
+
+
+def gpu_3b(size: str) -> dict:
+    """Random float32 weights, bf16 compute, checkpointing, prompts of 1,000 tokens (900 a picture's)."""
+    few, many, short, long, side = (2, 4, 6, 12, 56) if size == "tiny" else (8, 32, 512, 2048, 840)
+    settings = {"max_pixels": side**2, "temperature": 1.0, "generate_batch_size": 1024}
+    folder, cfg = gpu_setup("bf16", stage="dryrun", **settings)  # whose responses are all of full length
+    flops, bandwidth = ceilings(*((256, 2**20) if size == "tiny" else (8192, 2**32)))
+    report("ceilings", lambda: {"TFLOP/s": flops / 1e12, "TB/s": bandwidth / 1e12})
+    model = pebr.load_policy(f"{folder}/model", cfg).model if size == "tiny" else random_3b(folder)
+    model.to(pebr.accelerator.device).activation_checkpointing_enable()
+    # load_policy itself chooses engine and attention, on weights that are in memory already.
+    pebr.AutoModelForImageTextToText.from_pretrained = lambda *_, **__: (model, {"missing_keys": []})
+    Image.effect_noise((side, side), 100).save(f"{folder}/noise.png")
+    for fast in (True, False):
+        model.set_attn_implementation("sdpa")
+        policy = pebr.load_policy(f"{folder}/model", replace(cfg, fast=fast)).train()
+        policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": side**2}
+        row = Row("", "0", "red " * 93, "1", [f"{folder}/noise.png"])
+        prompts = [pebr.encode_prompt(policy, row, cfg, i) for i in range(many)]
+        configs = model.config.text_config, model.config.vision_config
+        engine = " and ".join(config._attn_implementation for config in configs)
+        for work in (time_update, time_rollout):  # loads kernels
+            work(policy, prompts[:1], replace(cfg, max_new_tokens=2), 1)
+        for C in (short, long):
+            c = replace(cfg, max_new_tokens=C)
+            report(f"update, 16 x {C} tokens, {engine}", time_update, policy, prompts[:2], c, flops)
+        for C, P in itertools.product((short, long) if fast else (short,), (few, many)):
+            c, what = replace(cfg, max_new_tokens=C), f"rollout, {8 * P} x {C} tokens, {engine}"
+            report(what, time_rollout, policy, prompts[:P], c, bandwidth)
+    return {}
+
+
+def gpu(size: str = "") -> None:
+    """Nine minutes at most. Writes $OUT/gpu.jsonl (or ./gpu.jsonl), prints a table; fails if a part did."""
     if size != "tiny" and not torch.cuda.is_available():
         return print("no GPU")
-    device = "CPU, tiny sizes" if size == "tiny" else torch.cuda.get_device_name()
-    report, begin = {"device": device, "torch": torch.__version__}, time.monotonic()
-    out = os.environ.get("OUT", ".")
-    for names, limit in ((["float32", "fsdp2"], 180), (["3B"], 510)):
-        with ThreadPoolExecutor() as pool:
-            report |= zip(names, pool.map(lambda name: run_part(name, size, begin + limit), names))
-        Path(out, "gpu.json").write_text(json.dumps(report, indent=1))
-        Path(out, "gpu.md").write_text(gpu_table(report))
-    print(gpu_table(report))
-    sys.exit("FAILED" in gpu_table(report))
-
-
-def gpu_table(report: dict) -> str:
-    text = f"{report['device']}, torch {report['torch']}\n"
-    for name in filter(report.get, GPU_PARTS):
-        rows = report[name]["rows"]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        words = lambda value: f"{value:.4g}" if type(value) is float else str(value)
-        cells = [[words(row.get(key, "")) for key in columns] for row in rows]
-        text += f"\n{name}, {report[name]['seconds']} s\n\n"
-        text += "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *cells])
-    return text
+    path = Path(os.environ.get("OUT", "."), "gpu.jsonl")
+    path.unlink(missing_ok=True)
+    folder = tempfile.mkdtemp()  # of all that the parts write
+    environment = os.environ | {"TMPDIR": folder} | ({"CUDA_VISIBLE_DEVICES": ""} if size == "tiny" else {})
+    report(f"{torch.cuda.get_device_name() if size != 'tiny' else 'CPU'}, torch {torch.__version__}")
+    for part, limit in (("gpu_float32", "60"), ("gpu_fsdp2", "150"), ("gpu_3b", "330")):  # seconds
+        command = ["timeout", limit, sys.executable, "-W", "ignore", __file__, "gpu_part", part, size]
+        start, status = time.monotonic(), subprocess.run(command, env=environment).returncode
+        values = {"seconds": round(time.monotonic() - start)} | ({"FAILED": status} if status else {})
+        report(f"end of {part}", lambda: values)
+    shutil.rmtree(folder, ignore_errors=True)
+    print("|  |  |\n| --- | --- |")
+    for line in path.read_text().splitlines():
+        row = json.loads(line, parse_float=lambda digits: f"{float(digits):.4g}")
+        print(f"| {row.pop('what')} | {', '.join(f'{name} {value}' for name, value in row.items())} |")
+    sys.exit("FAILED" in path.read_text())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -3299,10 +2504,6 @@ def test_without_a_gpu_the_gpu_command_says_so(capsys):
     assert capsys.readouterr().out == "no GPU\n"
 
 
-GPU_COMMANDS = {"gpu": gpu}
-
-
-COMMANDS = {**REWARD_COMMANDS, **STAGE_COMMANDS, **GPU_COMMANDS}
-
+GPU_COMMANDS = {"gpu": gpu, "gpu_part": lambda name, size="": report(name, globals()[name], size)}
 if __name__ == "__main__":
-    COMMANDS[sys.argv[1]](*sys.argv[2:])
+    (globals() | REWARD_COMMANDS)[sys.argv[1]](*sys.argv[2:])
