@@ -168,17 +168,17 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
                 cosine_hi=0.9, max_length=64, max_new_tokens=96, eval_samples=4, eval_temperature=1.0,
                 mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
                 generate_batch_size=1024),
-    "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=1000,
+    "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=900,
                    freeze_vision=False, max_length=256),
-    "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=30),
-    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=100, kl_coef=0.03),
+    "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=20),
+    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=60, kl_coef=0.03),
     "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
 ARMS = ("perception_only", "reasoning_only", "mixed")
-for arm in ARMS:  # as many steps as the two stages have together
+for arm, like in zip(ARMS, ("perception", "reasoning", "reasoning")):  # as many steps as both stages have
     steps = TOY["perception"]["max_steps"] + TOY["reasoning"]["max_steps"]
-    TOY[arm] = TOY["reasoning"] | {"max_steps": steps}
+    TOY[arm] = TOY[like] | {"max_steps": steps}
 see, reason = STAGE_REWARDS["perception"], STAGE_REWARDS["reasoning"]
 STAGE_REWARDS |= {"dryrun": see, "perception_only": see, "reasoning_only": reason}
 STAGE_REWARDS["mixed"] = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}

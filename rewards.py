@@ -167,7 +167,7 @@ def normalize(text: str) -> str:
     text = regex.sub(r"\\{2,}(?=\p{L}{2}|[()\[\]{}!,;:%$])", r"\\", text)  # escaped twice
     text = regex.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", r"^{\g<0>}", text)
     text = unicodedata.normalize("NFKC", regex.sub(r"(?<=\d)(?=\p{No})", " ", text))  # 1½ is "1 1/2"
-    text = text.translate(LIKE_SIGNS).replace("\\$", "¤")
+    text = regex.sub(r"(\s)\s+", r"\1", text.translate(LIKE_SIGNS)).replace("\\$", "¤")
     if text.count("$") % 2:  # money, not a pair of LaTeX marks
         text = regex.sub(r"\$(?=\s*[\d.])", "¤", text, count=1)
     text = regex.sub(r"\\([A-Za-z]+)", lambda m: LATEX_SIGNS.get(m[1], m[0]), text.replace("$", ""))

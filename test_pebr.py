@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from xml.etree import ElementTree
 import zlib
 
 from accelerate import Accelerator
@@ -328,7 +329,7 @@ def test_no_answer_makes_the_grader_fail_or_slow():
         tests += [(piece * (400 // len(piece)), gold) for gold in golds]
     for part in "9^ - π+ 1+ ,111 1e999* 7e999/3e-998* (x+1/97)^200*".split():
         tests += [("1" + part * (390 // len(part)) + "1", gold) for gold in ("5", "√2", "x")]
-    tests += [("(" * 199 + "1" + ")" * 199, "1"), ("1 234" * 80, "5")]
+    tests += [("(" * 199 + "1" + ")" * 199, "1"), ("1 234" * 80, "5"), ("1" + " " * 398 + "1", "5")]
     slowest = 0
     gc.disable()  # or the garbage of other tests would count
     for answer, gold in tests:
@@ -2169,6 +2170,39 @@ def trl(steps="3"):
         print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {our_less / less:.2f} |", flush=True)
 
 
+def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run, tmp_path):
+    run_dir = shutil.copytree(toy_run, tmp_path / "ablation" / "shapes0.1_seed0", symlinks=True)
+    for name in ("easy", "medium", "easy_and_medium"):
+        shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
+    flags = f"--stage ablation --ablation_seeds 1 {SMALL}"
+    run(tmp_path, flags)
+    scores = read_json(tmp_path / "ablation" / "arms.json")["0.1"]
+    assert list(scores) == ["warmup", "perception", "reasoning", *pebr.ARMS]
+    for arm in pebr.ARMS:
+        settings, metrics = (
+            read_json(run_dir / arm / "settings.json"),
+            read_lines(run_dir / arm / "metrics.jsonl"),
+        )
+        assert settings["from_model"] == f"{run_dir}/warmup" and len(metrics) == 2
+        theirs = read_json(run_dir / "evaluate" / "test" / arm / "scores.json")
+        assert scores[arm][0]["greedy recall"] == theirs["greedy"]["keyword"]
+        two = [pebr.resolve(stage, {}).max_steps for stage in ("perception", "reasoning")]
+        assert pebr.resolve(arm, {}).max_steps == sum(two)
+    mixed = {"clip": 0.2, "keyword": 0.2, "accuracy": 0.45, "format": 0.1, "length": 0.05}
+    assert pebr.STAGE_REWARDS["mixed"] == pytest.approx(mixed)
+    table = (tmp_path / "ablation" / "arms.txt").read_text()
+    assert "two - reasoning" in table and f"{scores['mixed'][0]['greedy recall']:.3f} ± 0.000" in table
+    kept = (run_dir / "mixed" / "done").stat().st_mtime_ns
+    run(tmp_path, flags)  # nothing is made twice
+    assert (run_dir / "mixed" / "done").stat().st_mtime_ns == kept
+    figures = [
+        (tmp_path / "ablation" / "arms.svg").read_text(),
+        pebr.svg_figure(pebr.gap_panels({"0.1": scores, "0.5": scores})),
+    ]
+    lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
+    assert lines == [3 * 4, 3]  # panels x arms; measures
+
+
 HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="javascript:0">"""
 
 
@@ -2265,6 +2299,13 @@ def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_r
     assert fork.__file__ == str(tmp_path / "pebr.py") and len(read_lines(made / "metrics.jsonl")) == 2
     before, after = weights_of(toy_run / "warmup"), weights_of(made)
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_the_table_from_paper_to_code_names_what_exists_and_every_departure():
+    table = README.split("## From the paper to the code")[1].split("\n## ")[0]
+    named = re.findall(r"`(pebr|rewards|data)\.(\w+)`", table)
+    assert len(named) > 15 and all(hasattr(sys.modules[module], name) for module, name in named)
+    assert set(re.findall(r"\[(\d+)\]", table)) == set(map(str, range(1, 15)))
 
 
 def test_departures_are_numbered_in_the_header_and_cited_in_the_code():
