@@ -361,15 +361,14 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 # Coloured shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files as
 # above, a Hugging Face model folder, an open_clip folder. From then on only paths matter, so the toy takes the
 # same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
-#   - The teacher sees wrong, always in the same way: 6 of 10 triangles are squares to it. Its student's greedy
-#     description is then wrong, and its samples are right often enough for RL to find the truth.
-#   - It reasons wrong in one decision: 6 times of 10 it forgets to subtract. So subtract questions are medium.
-#   - Color questions do not depend on shapes, so they are easy even where the description is wrong.
-#   - Only 1 RL question of 10 asks for a shape, but half of the held-out ones do: a right answer seldom needs
-#     the triangles seen right, so the answer's reward teaches to see badly. --toy_shapes moves this share.
-#   - Prices are not in the warm-up at all: hard questions.
-#   - 2,600 RL questions, of which none is seen twice in a stage: nothing is learned by heart.
-#   - 1,000 held-out questions: a standard error of 1.5 points.
+#   - The teacher sees wrong, always in the same way: 3 of 4 triangles are squares to it. Its student's greedy
+#     description is then wrong, but every fourth sample is right: enough for RL to find the truth.
+#   - It reasons wrong in one decision: 55 times of 100 it forgets to subtract, so greedily its student always
+#     forgets, and half of the samples do not: medium questions. Questions about colors only are easy.
+#   - 1 RL question of 10 asks for a shape, 1 held-out question of 2 does: the answer's reward alone is a bad
+#     teacher of shapes. --toy_shapes sets this share.
+#   - Prices are not in the warm-up at all: hard questions. 2,000 RL questions: a stage asks one about twice,
+#     so none is learned by heart. 1,000 held-out questions: a standard error of 1.5 points.
 # ============================================================================================================
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}
@@ -386,7 +385,7 @@ class ToyConfig:
     sft_rows: int = 6000
     rl_rows: int = 2000
     test_rows: int = 1000
-    asks_shapes: float = 0.1  # share of the RL questions that ask for a shape; elsewhere a half
+    asks_shapes: float = 0.1  # share of the RL questions; elsewhere a half
     triangle_as_square: float = 0.75
     forgets_to_subtract: float = 0.55
     object_noise: float = 0.06  # objects that the teacher leaves out or misnames, at random
@@ -523,10 +522,8 @@ def toy_response(asked: ToyQuestion, teacher: ToyConfig) -> str:
     )
 
 
-WORDS = (
-    "user assistant system none that makes count the leave out rest There are objects . , ? at How many is "
-)
-WORDS += "Subtract all left cost coins others circles squares triangles "
+WORDS = "user assistant system none that makes count the leave out rest There are objects . , ? at How many "
+WORDS += "is Subtract all left cost coins others circles squares triangles "
 WORDS += " ".join(COLOR_NAMES + SHAPES + PLACES)
 TOKENS = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
 HEADINGS = ["### Image Description:", "### Rationales:", "### Let's think step by step."]

@@ -98,7 +98,7 @@ class Config:
     stage: str = option("all", "one of the stages, all, ablation or dryrun")
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
     seed: int = option(0, "everything random follows from it")
-    overwrite: bool = option(False, "redo the stage; this discards the stages after it, too")
+    overwrite: bool = option(False, "redo the stage; also discards later stages")
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints to resume from; 0 = every step")
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
@@ -109,10 +109,12 @@ class Config:
     prompt_file: str = option("", "instruction, with {question} in it; empty: data.INSTRUCTION")
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping")
     max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 5.2 times it)")
-    max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and its response); longer is broken")
+    max_length: int = option(
+        2048, "tokens of a prompt (warm-up, 4096: and its response); longer rows count as broken"
+    )
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
-    # Training. These flags are for the stage that --stage names, and not for those that it needs.
+    # Training. For the stage that --stage names, not for its prerequisites; with all, for every stage.
     from_model: str = option("", "model to start from; empty: the stage before (evaluate: all of them)", True)
     from_data: str = option("", "data file; empty: what the stage before made", True)
     learning_rate: float = option(1e-6, "constant in RL; warm-up: 1e-5, 10 %% rising, then cosine", True)
@@ -176,9 +178,7 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
 ARMS = ("perception_only", "reasoning_only", "mixed")
-for arm, like in zip(ARMS, ("perception", "reasoning", "reasoning")):  # as many steps as both stages have
-    steps = TOY["perception"]["max_steps"] + TOY["reasoning"]["max_steps"]
-    TOY[arm] = TOY[like] | {"max_steps": steps}
+TOY |= {"perception_only": TOY["perception"], "reasoning_only": TOY["reasoning"], "mixed": TOY["reasoning"]}
 see, reason = STAGE_REWARDS["perception"], STAGE_REWARDS["reasoning"]
 STAGE_REWARDS |= {"dryrun": see, "perception_only": see, "reasoning_only": reason}
 STAGE_REWARDS["mixed"] = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
@@ -189,7 +189,7 @@ class ConfigError(ValueError):
 
 
 def resolve(stage: str, flags: dict) -> Config:
-    """Config of a stage: paper < stage < toy < flags."""
+    """Config of a stage. The later wins: defaults, stage, toy, flags."""
     settings, given = STAGES[stage], flags | {"stage": stage}
     if flags.get("stage", "all") not in (stage, "all"):  # it is made because the named stage needs it
         given = {n: v for n, v in given.items() if not Config.__dataclass_fields__[n].metadata["training"]}
@@ -208,7 +208,7 @@ def resolve(stage: str, flags: dict) -> Config:
 
 FAST_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # with get_rope_index and explicit positions (3, B, T)
 MARK_IDS = "image_token_id image_token_index video_token_id vision_start_token_id vision_end_token_id".split()
-SCALED_LOGITS = ["final_logit_softcapping", "logit_scale", "logits_scaling"]  # head_logprobs does not follow
+SCALED_LOGITS = ["final_logit_softcapping", "logit_scale", "logits_scaling"]  # head_logprobs cannot follow
 VISION = ["visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "connector."]  # in names
 
 
@@ -660,13 +660,15 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def k3_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """Estimate of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy. GRPO, eq. 4.
-    Clamped as in the authors' code ("low_var_kl"): unclamped, a token at d = 8 weighs as 30 advantages."""
+    Clamped as in the authors' code ("low_var_kl"): otherwise, at kl_coef 0.01, a token at d = 8 costs as
+    much as an advantage of 30."""
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return (d.exp() - d - 1).clamp(max=10)
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, num_tokens, cfg: Config):
-    """Clipped surrogate with dual clip, plus k3 KL (GRPO, eq. 3), summed over this micro-batch's tokens.
+    """GRPO's clipped term and KL (eq. 3), plus dual clip: a sum over this micro-batch's tokens divided by the
+    update's token count, in the place of eq. 3's mean per response.
 
     logprobs, old_logprobs, ref_logprobs (or None), mask: (B, C); advantages: (B,); num_tokens: of the update,
     all micro-batches and processes [6]. Returns (loss, metrics): sums over micro-batches and processes.
@@ -691,7 +693,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, num_tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Update: what warm-up and GRPO share. DDP and FSDP2 are in here and in load_reference.
+# Update: what warm-up and GRPO share; most of DDP and FSDP2
 
 
 def prepare_training(policy: Policy, cfg: Config):
@@ -788,7 +790,7 @@ def warmup(cfg: Config, folder: Path) -> tuple:
                 with accelerator.autocast():
                     logprobs, _, mask = model(micro, 1.0)  # (B, C)
                 loss = -(logprobs * mask).sum() / num_tokens
-                accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
+                accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over processes
             sums.update({"loss": loss.detach()})
         metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(log.step, log.total, cfg), cfg)
         log.lap("update")
@@ -814,7 +816,7 @@ def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
 
-SAMPLE_PIXELS = 4_194_304 / 802_816  # the paper's limits: of a picture in sampling, and elsewhere
+SAMPLE_PIXEL_RATIO = 4_194_304 / 802_816  # the paper's limits: of a picture in sampling, and elsewhere
 
 
 def sample(cfg: Config, folder: Path) -> None:
@@ -825,7 +827,7 @@ def sample(cfg: Config, folder: Path) -> None:
     """
     policy, path = load_policy(cfg.from_model, cfg), folder / "rollouts.jsonl"
     rows = checked_rows(cfg.from_data, cfg, policy, ("answer",))
-    larger = replace(cfg, max_pixels=round(SAMPLE_PIXELS * cfg.max_pixels))  # [10]
+    larger = replace(cfg, max_pixels=round(SAMPLE_PIXEL_RATIO * cfg.max_pixels))  # [10]
     records = answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
         return
@@ -880,7 +882,7 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
 
 
 def train_grpo(cfg: Config, folder: Path) -> tuple:
-    """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, and as accelerate wraps it."""
+    """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, bare and wrapped."""
     policy, weights = load_policy(cfg.from_model, cfg), STAGE_REWARDS[cfg.stage]
     rows, clip_scorer = grpo_rows(cfg, policy, weights), load_clip(cfg)
     model, optimizer = prepare_training(policy, cfg)
@@ -889,7 +891,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
     log = StepLog(folder, cfg, len(rows))
     batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
     for prompts in encoded_ahead(batches, lambda item: encode_prompt(policy, item[1], cfg, item[0])):  # P
-        # The policy that answers is the old policy of all updates of this step.
+        # These rollouts serve all updates of the step: the policy that gave them is their old policy.
         rollouts = generate_rollouts(policy, prompts, cfg.group_size, cfg, f"{cfg.stage} {log.step} 0")
         log.lap("rollout")
 
@@ -902,7 +904,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
         updates = []
         for update in in_batches(range(len(rollouts)), update_size):  # whole groups
             num_tokens = everywhere(sum(len(rollouts[i].tokens) for i in update))  # of all processes [6]
-            sums = Counter()
+            sums, first = Counter(), not updates
             for micro in in_batches(update, cfg.micro_batch_size):
                 batch = [rollouts[i] for i in micro]
                 with torch.no_grad(), accelerator.autocast():
@@ -911,13 +913,16 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                     with accelerator.autocast():
                         logprobs, entropy, mask = model(batch, cfg.temperature)  # (B, C)
                     sampled = pad_sequence([r.old_logprobs for r in batch], True).to(accelerator.device)
-                    old_logprobs = sampled if updates else logprobs.detach()  # at first the ratio is 1 [13]
+                    old_logprobs = logprobs.detach() if first else sampled  # at first the ratio is 1 [13]
                     adv = advantages[list(micro)].to(accelerator.device)  # (B,)
-                    logs = logprobs, old_logprobs, ref_logprobs
-                    loss, metrics = grpo_loss(*logs, adv, mask, num_tokens, cfg)
-                    accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
+                    loss, metrics = grpo_loss(
+                        logprobs, old_logprobs, ref_logprobs, adv, mask, num_tokens, cfg
+                    )
+                    accelerator.backward(
+                        loss * accelerator.num_processes
+                    )  # DDP and FSDP average over processes
                 sums.update(metrics | {"entropy": (entropy * mask).sum() / num_tokens})
-                if not updates:  # how far the training forward is from the sampler, which should be the same
+                if first:  # how far the training forward is from the sampler, which should be the same
                     sums["sampler_gap"] += ((logprobs.detach() - sampled).abs() * mask).sum() / num_tokens
             updates.append(optimizer_step(model, optimizer, sums, cfg.learning_rate, cfg))
         log.lap("update")
@@ -929,7 +934,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation and dry run
 
-EVALUATED = "from_data seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature"
+EVALUATED = "model from_data seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature"
 
 
 def evaluate(cfg: Config, folder: Path) -> None:
@@ -963,6 +968,7 @@ def evaluate(cfg: Config, folder: Path) -> None:
                 if "index" in rows[0].raw:
                     write_tsv_predictions(str(path.with_suffix(".tsv")), rows, records)
         write_text(folder / name / "scores.json", json.dumps(scores, indent=1))
+        policy = None  # before the next one is loaded
         accelerator.wait_for_everyone()
     scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
     table = evaluation_table(scores, f"questions of {Path(cfg.from_data).name}, judged by rule")
@@ -974,7 +980,9 @@ def dryrun(cfg: Config, folder: Path) -> None:
     """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
     responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
     side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
-    Image.effect_noise((side, side), 100).save(picture)
+    if accelerator.is_main_process:
+        Image.effect_noise((side, side), 100).save(picture)
+    accelerator.wait_for_everyone()
     row = Row("dryrun", "0", "a", "a", [str(picture)])
     inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
     problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
@@ -990,7 +998,7 @@ def dryrun(cfg: Config, folder: Path) -> None:
 
 
 # ============================================================================================================
-# That was the method. Below: what its loops call by name, logs, checkpoints, run folder, main.
+# That was the method. Below: helpers of its loops, logs, checkpoints, report, ablation, run folder, main.
 # ============================================================================================================
 
 
@@ -1096,8 +1104,8 @@ def load_reference(model_path: str, cfg: Config) -> Policy | None:
 
 
 def load_clip(cfg: Config) -> ClipScorer | None:
-    """The CLIP model, next to the policy; None if the stage does not weigh it."""
-    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"]):
+    """The CLIP model, next to the policy; None if the stage has no use for it."""
+    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"] * (cfg.stage == "evaluate")):
         return None
     with accelerator.local_main_process_first():  # it downloads, the others find that done
         return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
@@ -1356,6 +1364,11 @@ def evaluation_section(path: Path) -> str:
 # Ablation: from one warm-up and in as many steps, two stages against perception, reasoning or both in one
 
 
+LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
+LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
+MISPERCEIVED = "triangle, square"  # the toy's questions that hang on what its teacher sees wrong
+
+
 def ablation(flags: dict) -> None:
     """Run the arms for each seed, in run folders of their own; write a table, the scores and a figure.
 
@@ -1364,21 +1377,25 @@ def ablation(flags: dict) -> None:
     cfg = resolve("evaluate", flags)
     shares, folder = cfg.toy_shapes.split(","), Path(cfg.run_dir, "ablation")
     arms = ARMS if len(shares) == 1 else ["reasoning_only"]
-    path, models, scores = folder / ("arms" if len(shares) == 1 else "shares"), ["warmup", "perception"], {}
+    scores = {
+        share: {model: [] for model in ("warmup", "perception", "reasoning", *arms)} for share in shares
+    }
     for share, seed in tqdm(list(itertools.product(shares, range(cfg.ablation_seeds))), desc="ablation"):
         run_dir = folder / f"shapes{share}_seed{seed}"
-        own = {"run_dir": str(run_dir), "seed": seed, "toy_shapes": share}
-        run_stages([*ORDER[:-1], *arms, "evaluate"], flags | own)
-        for model in [*models, "reasoning", *arms] if accelerator.is_main_process else []:
-            scores.setdefault(share, {}).setdefault(model, []).append(held_out(run_dir, model))
+        own = flags | {"run_dir": str(run_dir), "seed": seed, "toy_shapes": share}
+        run_stages(ORDER[:-1], own)
+        logs = [run_dir / stage / "metrics.jsonl" for stage in ("perception", "reasoning")]
+        steps = [everywhere(len(read_jsonl(log))) for log in logs]
+        run_stages([*arms, "evaluate"], own | {"max_steps": sum(steps)})
+        for model in scores[share] if accelerator.is_main_process else []:
+            scores[share][model].append(held_out(run_dir, model))
     if accelerator.is_main_process:
+        path = folder / ("arms" if len(shares) == 1 else "shares")
+        panels = step_panels(scores[shares[0]], *steps) if len(shares) == 1 else gap_panels(scores)
         table = "\n\n".join(ablation_table(share, scores[share]) for share in shares)
         write_text(path.with_suffix(".json"), json.dumps(scores, indent=1))
         write_text(path.with_suffix(".txt"), table + "\n")
-        write_text(
-            path.with_suffix(".svg"),
-            svg_figure(gap_panels(scores) if len(shares) > 1 else step_panels(scores[shares[0]])),
-        )
+        write_text(path.with_suffix(".svg"), svg_figure(panels))
         print(f"\n{table}\n\n{path}.svg shows it")
 
 
@@ -1388,11 +1405,12 @@ def held_out(run_dir: Path, model: str) -> dict[str, float]:
     scores, found = json.loads(path.read_text()), {}
     for mode in scores:
         found |= {f"{mode} accuracy": scores[mode]["accuracy"], f"{mode} recall": scores[mode]["keyword"]}
-    return found | {name: values["accuracy"] for name, values in scores["greedy"]["categories"].items()}
+    found |= {name: values["accuracy"] for name, values in scores["greedy"]["categories"].items()}
+    return {name: value for name, value in found.items() if value is not None}  # None: no keywords
 
 
 def ablation_table(share: str, scores: dict[str, list[dict]]) -> str:
-    """Mean ± standard deviation over the seeds; at last, of two stages minus reasoning only, seed by seed."""
+    """Mean ± standard deviation over the seeds; the last row: two stages minus reasoning only, by seed."""
     names, pairs = list(scores["warmup"][0]), zip(scores["reasoning"], scores["reasoning_only"])
     gaps = [{name: two[name] - one[name] for name in names} for two, one in pairs]
     lines = [f"shapes {share:<12}" + "".join(f"{name:>18}" for name in names)]
@@ -1403,27 +1421,23 @@ def ablation_table(share: str, scores: dict[str, list[dict]]) -> str:
     return "\n".join([*lines, f"held-out questions, {len(gaps)} seeds"])
 
 
-LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
-LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
-
-
-def step_panels(scores: dict[str, list[dict]]) -> dict[str, dict]:
+def step_panels(scores: dict[str, list[dict]], seeing: int, reasoning: int) -> dict[str, dict]:
     """Held-out scores over the RL steps, means over seeds, for svg_figure."""
-    half, end, panels = TOY["perception"]["max_steps"], TOY["mixed"]["max_steps"], {}
-    for name in ("greedy recall", "greedy accuracy", "triangle, square"):
-        mean = {model: sum(value[name] for value in values) / len(values) for model, values in scores.items()}
+    panels, end = {}, seeing + reasoning
+    for name in ("greedy recall", "greedy accuracy", MISPERCEIVED):
+        mean = {model: sum(v.get(name, 0) for v in values) / len(values) for model, values in scores.items()}
         lines = {LABELS[arm]: [(0, mean["warmup"]), (end, mean[arm])] for arm in ("reasoning", *ARMS)}
-        lines["two stages"].insert(1, (half, mean["perception"]))
+        lines["two stages"].insert(1, (seeing, mean["perception"]))
         panels[f"{name}, by RL step"] = lines
     return panels
 
 
 def gap_panels(scores: dict[str, dict]) -> dict[str, dict]:
     """Two stages minus reasoning only over the shares, means over seeds, for svg_figure."""
-    lines = {name: [] for name in ("greedy accuracy", "triangle, square", "greedy recall")}
+    lines = {name: [] for name in ("greedy accuracy", MISPERCEIVED, "greedy recall")}
     for name, (share, models) in itertools.product(lines, scores.items()):
-        pairs = list(zip(models["reasoning"], models["reasoning_only"]))
-        lines[name].append((float(share), sum(two[name] - one[name] for two, one in pairs) / len(pairs)))
+        two, one = ([v.get(name, 0) for v in models[arm]] for arm in ("reasoning", "reasoning_only"))
+        lines[name].append((float(share), (sum(two) - sum(one)) / len(two)))
     return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
 
 
@@ -1474,19 +1488,33 @@ def stages_to_run(names: list[str], flags: dict) -> list[Config]:
     return todo
 
 
+PINNED = ("seed", "from_model", "from_data", "group_size", "temperature", "top_p")  # until a stage is done
+
+
 def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
     folder = Path(cfg.run_dir, cfg.stage)
     others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
     if (folder / "done").is_file():
-        return accelerator.print(f"{folder} is done; --overwrite makes it again", flush=True)
+        return accelerator.print(f"{folder} is done; --overwrite redoes it", flush=True)
     accelerator.print(f"\n=== {folder}", flush=True)
-    write_text(folder / "settings.json", json.dumps(asdict(cfg), indent=1))
+    begun = folder / "settings.json"
+    if begun.is_file() and cfg.stage in (*ORDER[:-1], *ARMS):
+        then = json.loads(begun.read_text())
+        for name in PINNED:
+            if then[name] != getattr(cfg, name):
+                raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
+    accelerator.wait_for_everyone()
+    write_text(begun, json.dumps(asdict(cfg), indent=1))
     accelerator.wait_for_everyone()
     if trained := others.get(cfg.stage, train_grpo)(cfg, folder):
         save_policy(*trained, folder)
+        trained = None  # for free_memory below
     accelerator.wait_for_everyone()
-    if cfg.stage not in ("evaluate", "dryrun"):  # never done: later stages bring more models
+    if cfg.stage not in (
+        "evaluate",
+        "dryrun",
+    ):  # later stages bring more models; a dry run is always measured anew
         write_text(folder / "done", "")
     if accelerator.is_main_process:
         for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
@@ -1500,14 +1528,19 @@ def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
     batch, update, processes = cfg.batch_size, cfg.update_batch_size, accelerator.num_processes
     if not cfg.from_data and cfg.stage != "dryrun":
-        raise ConfigError(f"--stage {cfg.stage} needs --{STAGES[cfg.stage]['from_data'].strip('{}')}")
+        need = STAGES[cfg.stage]["from_data"].strip("{}")
+        raise ConfigError(f"--stage {cfg.stage} needs --{need}, or --from_data and --from_model")
     if not cfg.clip_model and "clip" in STAGE_REWARDS.get(cfg.stage, ()):
         raise ConfigError(f"--stage {cfg.stage} needs --clip_model")
-    if cfg.group_size < 2:
+    if cfg.mixed_precision not in ("bf16", "no"):
+        raise ConfigError(f"--mixed_precision {cfg.mixed_precision}: must be bf16 or no")
+    if cfg.stage == "warmup" and batch % processes:
+        raise ConfigError(f"--batch_size {batch} must be a multiple of the number of processes, {processes}")
+    if cfg.stage in STAGE_REWARDS and cfg.group_size < 2:
         raise ConfigError(f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage")
-    if batch % update or update % processes:
+    if cfg.stage in STAGE_REWARDS and (batch % update or update % processes):
         rule = f"--batch_size {batch} must be a multiple of --update_batch_size {update}"
-        raise ConfigError(f"{rule}, and that one of the number of processes, {processes}: groups stay whole")
+        raise ConfigError(f"{rule}, and that a multiple of the number of processes, {processes}")
 
 
 def start_accelerator(cfg: Config) -> Accelerator:
@@ -1548,6 +1581,8 @@ def run(flags: dict) -> None:
 def run_stages(names: list[str], flags: dict) -> None:
     """The named stages and what they need, in their run folder, which is locked meanwhile."""
     cfg = resolve(names[0], flags)
+    if "," in cfg.toy_shapes:
+        raise ConfigError(f"--toy_shapes {cfg.toy_shapes}: a list is for --stage ablation")
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way
