@@ -1453,7 +1453,8 @@ def svg_figure(panels: dict[str, dict]) -> str:
     body, width = "", 960 // len(panels)
     for left, (title, lines) in zip(range(0, 960, width), panels.items()):
         xs, ys = zip(*itertools.chain(*lines.values()))
-        low, high = math.floor(10 * min(ys)), math.ceil(10 * max(ys))  # in tenths
+        low = math.floor(10 * min(ys))  # in tenths
+        high = max(low + 1, math.ceil(10 * max(ys)))
         to_x = lambda x: left + 30 + (width - 50) * (x - min(xs)) / (max(xs) - min(xs))
         to_y = lambda y: 200 - 165 * (10 * y - low) / (high - low)
         body += f'<text x="{left}" y="16" font-weight="bold">{title}</text>'

@@ -1716,7 +1716,7 @@ def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(to
     flags, made = small("perception", toy_run), run_dir / "perception"
     first = files_of(toy_run / "perception")
     run(run_dir, flags, "--temperature 1.0")
-    assert "perception is done; --overwrite makes it again" in capsys.readouterr().out
+    assert "perception is done; --overwrite redoes it" in capsys.readouterr().out
     assert files_of(made) == first and (run_dir / "evaluate").exists()
     run(run_dir, flags, "--temperature 1.0 --overwrite")
     assert files_of(made)["metrics.jsonl"] != first["metrics.jsonl"]
@@ -2172,6 +2172,7 @@ def trl(steps="3"):
 
 def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run, tmp_path):
     run_dir = shutil.copytree(toy_run, tmp_path / "ablation" / "shapes0.1_seed0", symlinks=True)
+    shutil.rmtree(run_dir / "evaluate")
     for name in ("easy", "medium", "easy_and_medium"):
         shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
     flags = f"--stage ablation --ablation_seeds 1 {SMALL}"
