@@ -404,8 +404,8 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     done = Path(folder, "toy.json")
     if done.exists():
         old = json.loads(done.read_text())
-        if (old["seed"], old["asks_shapes"]) != (seed, toy.asks_shapes):
-            made = f"--seed {old['seed']} --toy_shapes {old['asks_shapes']}"
+        if (old["seed"], old.get("asks_shapes")) != (seed, toy.asks_shapes):
+            made = f"--seed {old['seed']} --toy_shapes {old.get('asks_shapes', 'unknown')}"
             raise DataError(f"{folder} was made with {made}: use another --run_dir")
         return
     print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)

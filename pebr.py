@@ -932,7 +932,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation and dry run
+# Evaluation
 
 EVALUATED = "model from_data seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature"
 
@@ -974,27 +974,6 @@ def evaluate(cfg: Config, folder: Path) -> None:
     table = evaluation_table(scores, f"questions of {Path(cfg.from_data).name}, judged by rule")
     write_text(folder / "table.txt", table + "\n")
     accelerator.print("\n" + table)
-
-
-def dryrun(cfg: Config, folder: Path) -> None:
-    """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
-    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
-    side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
-    if accelerator.is_main_process:
-        Image.effect_noise((side, side), 100).save(picture)
-    accelerator.wait_for_everyone()
-    row = Row("dryrun", "0", "a", "a", [str(picture)])
-    inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
-    problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
-    raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
-    write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
-    accelerator.wait_for_everyone()
-    train_grpo(replace(cfg, from_data=str(path)), folder)
-    for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
-        seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
-        rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
-        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
-        print("DRYRUN " + json.dumps(timing))
 
 
 # ============================================================================================================
@@ -1252,6 +1231,31 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".tmp").write_text(text)
         path.with_name(path.name + ".tmp").replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dry run: what a run will cost
+
+
+def dryrun(cfg: Config, folder: Path) -> None:
+    """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
+    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
+    side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
+    if accelerator.is_main_process:
+        Image.effect_noise((side, side), 100).save(picture)
+    accelerator.wait_for_everyone()
+    row = Row("dryrun", "0", "a", "a", [str(picture)])
+    inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
+    problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
+    raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
+    write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
+    accelerator.wait_for_everyone()
+    train_grpo(replace(cfg, from_data=str(path)), folder)
+    for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
+        seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
+        rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
+        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
+        print("DRYRUN " + json.dumps(timing))
 
 
 # ------------------------------------------------------------------------------------------------------------
