@@ -1470,10 +1470,12 @@ def device(where, bf16):
 
 
 @pytest.mark.parametrize("mixed_precision, rel, absolute", [("no", 1e-4, 1e-5), ("bf16", 2e-2, 2e-2)])
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_pretended_device_gives_the_cpus_values(fast, mixed_precision, rel, absolute, toy, cfg, tmp_path):
+@pytest.mark.parametrize("fast, again", itertools.product([True, False], repeat=2))
+def test_a_pretended_device_gives_the_cpus_values(
+    fast, again, mixed_precision, rel, absolute, toy, cfg, tmp_path
+):
     """A warm-up and a perception step of the real loops. Pictures of several windows, of one, and none."""
-    cfg = replace(cfg, fast=fast, mixed_precision=mixed_precision, gradient_checkpointing=not fast)
+    cfg = replace(cfg, fast=fast, mixed_precision=mixed_precision, gradient_checkpointing=again)
     cfg = replace(cfg, batch_size=3, update_batch_size=2, max_steps=1, kl_coef=0.5, learning_rate=0.1)
     images = [[picture(tmp_path / "0.png", (168, 140))], [picture(tmp_path / "1.png", (56, 56))], []]
     rows = [Row(f"row {i}", str(i), "red", "1", paths, ["red"]) for i, paths in enumerate(images)]
