@@ -279,6 +279,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
 
     In float32: at lr 1e-6 a bf16 weight is too coarse to move at all. bf16 compute comes from accelerate.
     """
+    if "/" not in path and not Path(path).is_dir():
+        raise ConfigError(f"{path}: no such folder (and the id of a model on the hub has a /)")
     options = dict(trust_remote_code=cfg.trust_remote_code)
     try:
         processor = AutoProcessor.from_pretrained(path, **options)
@@ -1032,6 +1034,8 @@ def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
+    if len(rows) < cfg.batch_size:
+        accelerator.print(f"{len(rows)} questions for steps of {cfg.batch_size}: each step repeats some")
     return rows
 
 
@@ -1500,15 +1504,19 @@ def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
     folder = Path(cfg.run_dir, cfg.stage)
     others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
-    if (folder / "done").is_file():
-        return accelerator.print(f"{folder} is done; --overwrite redoes it", flush=True)
-    accelerator.print(f"\n=== {folder}", flush=True)
+    again = cfg.stage in ("evaluate", "dryrun")  # never done: later stages bring more models
     begun = folder / "settings.json"
-    if begun.is_file() and cfg.stage in (*ORDER[:-1], *ARMS):
-        then = json.loads(begun.read_text())
-        for name in PINNED:
-            if then[name] != getattr(cfg, name):
-                raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
+    then = json.loads(begun.read_text()) if begun.is_file() else {}
+    name_of = lambda value: Path(str(value)).name  # a run folder may be moved
+    changed = [
+        n for n, v in asdict(cfg).items() if name_of(then.get(n, v)) != name_of(v) and n != "overwrite"
+    ]
+    if (folder / "done").is_file():
+        had = "".join(f", with --{name} {then[name]}" for name in changed if name != "run_dir")
+        return accelerator.print(f"{folder} is done{had}; --overwrite redoes it", flush=True)
+    for name in [] if again else set(changed) & set(PINNED):
+        raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
+    accelerator.print(f"\n=== {folder}", flush=True)
     accelerator.wait_for_everyone()
     write_text(begun, json.dumps(asdict(cfg), indent=1))
     accelerator.wait_for_everyone()
@@ -1516,10 +1524,7 @@ def run_stage(cfg: Config) -> None:
         save_policy(*trained, folder)
         trained = None  # for free_memory below
     accelerator.wait_for_everyone()
-    if cfg.stage not in (
-        "evaluate",
-        "dryrun",
-    ):  # later stages bring more models; a dry run is always measured anew
+    if not again:
         write_text(folder / "done", "")
     if accelerator.is_main_process:
         for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
@@ -1537,8 +1542,9 @@ def check_config(cfg: Config) -> None:
         raise ConfigError(f"--stage {cfg.stage} needs --{need}, or --from_data and --from_model")
     if not cfg.clip_model and "clip" in STAGE_REWARDS.get(cfg.stage, ()):
         raise ConfigError(f"--stage {cfg.stage} needs --clip_model")
-    if cfg.mixed_precision not in ("bf16", "no"):
-        raise ConfigError(f"--mixed_precision {cfg.mixed_precision}: must be bf16 or no")
+    for name in ("batch_size", "update_batch_size", "micro_batch_size", "generate_batch_size"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if cfg.stage == "warmup" and batch % processes:
         raise ConfigError(f"--batch_size {batch} must be a multiple of the number of processes, {processes}")
     if cfg.stage in STAGE_REWARDS and cfg.group_size < 2:
@@ -1550,6 +1556,8 @@ def check_config(cfg: Config) -> None:
 
 def start_accelerator(cfg: Config) -> Accelerator:
     """What `accelerate launch` was told, with this file's precision."""
+    if cfg.mixed_precision not in ("bf16", "no"):
+        raise ConfigError(f"--mixed_precision {cfg.mixed_precision}: must be bf16 or no")
     cpu = not torch.accelerator.is_available()
     # The others wait while the main process writes a checkpoint; NCCL would give up after ten minutes.
     processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
@@ -1635,6 +1643,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it notes tied weights each time
     try:
         run(flags)
+    except KeyboardInterrupt:
+        sys.exit("pebr.py: interrupted; the same command goes on")
     except (ConfigError, DataError, ClipError) as error:
         sys.exit(f"pebr.py: {error}")
     except (MemoryError, RuntimeError) as error:

@@ -1638,6 +1638,8 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         (f"--stage perception --model x --sft_data {toy}/sft.json", "--stage sample needs --train_data"),
         ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
         ("--seed 5", "was made with --seed 0 "),
+        ("--toy_shapes 0.1,0.5", "a list is for --stage ablation"),
+        ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
     ]
     run_dir = new_run(toy, tmp_path / "run")
     for argv, reason in table:
@@ -1681,6 +1683,8 @@ def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, 
         with pytest.raises(ConfigError, match=f"(?s){folder}.*{reason}"):
             pebr.load_policy(str(folder), cfg)
         assert not (folder / "ran").exists()
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        pebr.load_policy("nowhere", cfg)
 
 
 def test_two_steps_of_each_training_stage_move_parameters(toy_run):
@@ -1718,11 +1722,16 @@ def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(to
     flags, made = small("perception", toy_run), run_dir / "perception"
     first = files_of(toy_run / "perception")
     run(run_dir, flags, "--temperature 1.0")
-    assert "perception is done; --overwrite redoes it" in capsys.readouterr().out
+    assert "perception is done, with --temperature 1.2; --overwrite redoes it" in capsys.readouterr().out
     assert files_of(made) == first and (run_dir / "evaluate").exists()
     run(run_dir, flags, "--temperature 1.0 --overwrite")
     assert files_of(made)["metrics.jsonl"] != first["metrics.jsonl"]
     assert not (run_dir / "reasoning").exists() and (run_dir / "sample" / "done").exists()
+    (made / "done").unlink()
+    with pytest.raises(
+        SystemExit, match="perception was begun with --temperature 1.0; --overwrite begins anew"
+    ):
+        run(run_dir, flags)
     run(run_dir, flags, "--overwrite")
     assert files_of(made) == first and {"samples.jsonl", "model.safetensors"} <= first.keys()
 
