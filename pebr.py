@@ -1375,6 +1375,7 @@ def evaluation_section(path: Path) -> str:
 LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
 LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
 MISPERCEIVED = "triangle, square"  # the toy's questions that hang on what its teacher sees wrong
+IN_TABLE = ("greedy accuracy", "sampled accuracy", "greedy recall", "sampled recall", MISPERCEIVED)
 
 
 def ablation(flags: dict) -> None:
@@ -1419,7 +1420,8 @@ def held_out(run_dir: Path, model: str) -> dict[str, float]:
 
 def ablation_table(share: str, scores: dict[str, list[dict]]) -> str:
     """Mean ± standard deviation over the seeds; the last row: two stages minus reasoning only, by seed."""
-    names, pairs = list(scores["warmup"][0]), zip(scores["reasoning"], scores["reasoning_only"])
+    names = [name for name in IN_TABLE if name in scores["warmup"][0]]
+    pairs = zip(scores["reasoning"], scores["reasoning_only"])
     gaps = [{name: two[name] - one[name] for name in names} for two, one in pairs]
     lines = [f"shapes {share:<12}" + "".join(f"{name:>18}" for name in names)]
     for model, values in (scores | {"two - reasoning": gaps}).items():
