@@ -357,7 +357,6 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 
 # ============================================================================================================
 # The toy world. A reader of the paper can stop here.
-#
 # Coloured shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files as
 # above, a Hugging Face model folder, an open_clip folder. From then on only paths matter, so the toy takes the
 # same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
@@ -404,16 +403,15 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     done = Path(folder, "toy.json")
     if done.exists():
         old = json.loads(done.read_text())
-        if (old["seed"], old.get("asks_shapes")) != (seed, toy.asks_shapes):
-            made = f"--seed {old['seed']} --toy_shapes {old.get('asks_shapes', 'unknown')}"
-            raise DataError(f"{folder} was made with {made}: use another --run_dir")
+        made = old["seed"], old.get("asks_shapes")
+        if made != (seed, toy.asks_shapes):
+            raise DataError("{} was made with --seed {} --toy_shapes {}: new --run_dir".format(folder, *made))
         return
     print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    kinds = {"sft": ["count"] * 3 + ["subtract"] * 9}
     asks = ["count"] * 7 + ["subtract"] * 7
-    kinds["train"], kinds["test"] = asks + ["price"] * 2, asks + ["price"]
+    kinds = {"sft": ["count"] * 3 + ["subtract"] * 9, "train": asks + ["price"] * 2, "test": asks + ["price"]}
     for name, count in ("sft", toy.sft_rows), ("train", toy.rl_rows), ("test", toy.test_rows):
         share = toy.asks_shapes if name == "train" else 0.5
         asked = [toy_question(rng, kinds[name], share) for _ in range(count)]
