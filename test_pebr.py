@@ -2559,4 +2559,4 @@ def test_without_a_gpu_the_gpu_command_says_so(capsys):
 
 GPU_COMMANDS = {"gpu": gpu, "gpu_part": lambda name, size="": report(name, globals()[name], size)}
 if __name__ == "__main__":
-    (globals() | REWARD_COMMANDS)[sys.argv[1]](*sys.argv[2:])
+    (globals() | REWARD_COMMANDS | GPU_COMMANDS)[sys.argv[1]](*sys.argv[2:])
