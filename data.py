@@ -357,9 +357,9 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 
 # ============================================================================================================
 # The toy world. A reader of the paper can stop here.
-# Coloured shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files as
-# above, a Hugging Face model folder, an open_clip folder. From then on only paths matter, so the toy takes the
-# same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
+# Coloured shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files
+# as above, a Hugging Face model folder, an open_clip folder. From then on only paths matter: the toy takes
+# the same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
 #   - The teacher sees wrong, always in the same way: 3 of 4 triangles are squares to it. Its student's greedy
 #     description is then wrong, but every fourth sample is right: enough for RL to find the truth.
 #   - It reasons wrong in one decision: 55 times of 100 it forgets to subtract, so greedily its student always

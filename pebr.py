@@ -109,9 +109,7 @@ class Config:
     prompt_file: str = option("", "instruction, with {question} in it; empty: data.INSTRUCTION")
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping")
     max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 5.2 times it)")
-    max_length: int = option(
-        2048, "tokens of a prompt (warm-up, 4096: and its response); longer rows count as broken"
-    )
+    max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and its response); longer is broken")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
     # Training. For the stage that --stage names, not for its prerequisites; with all, for every stage.
@@ -135,9 +133,7 @@ class Config:
     clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, or fg-clip:folder")
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward")
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
-    toy_shapes: str = option(
-        "0.1", "toy: share of RL questions about shapes; a list, 0.1,0.5, in the ablation"
-    )
+    toy_shapes: str = option("0.1", "toy: share of RL questions about shapes; ablation: also 0.1,0.5,...")
     ablation_seeds: int = option(3, "the ablation runs with the seeds 0 to this - 1")
     eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
     eval_temperature: float = option(0.5, "of the sampled responses")
@@ -920,9 +916,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                     loss, metrics = grpo_loss(
                         logprobs, old_logprobs, ref_logprobs, adv, mask, num_tokens, cfg
                     )
-                    accelerator.backward(
-                        loss * accelerator.num_processes
-                    )  # DDP and FSDP average over processes
+                    accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over them
                 sums.update(metrics | {"entropy": (entropy * mask).sum() / num_tokens})
                 if first:  # how far the training forward is from the sampler, which should be the same
                     sums["sampler_gap"] += ((logprobs.detach() - sampled).abs() * mask).sum() / num_tokens
@@ -1356,7 +1350,7 @@ def difficulty_section(path: Path) -> str:
 def evaluation_section(path: Path) -> str:
     """The table; the three questions on which the last three models differ most in keywords and verdict."""
     made, cfg = [json.loads((folder / "settings.json").read_text()) for folder in path.parents[:2]]
-    rows, table = rows_by_qid(made["from_data"], cfg["image_root"]), path.read_text()
+    rows, table = rows_by_qid(made.get("from_data", ""), cfg["image_root"]), path.read_text()
     models = dict.fromkeys(line.split("  ")[0] for line in table.splitlines()[1:-1])
     answers = zip(*[read_jsonl(path.with_name(model) / "predictions_greedy.jsonl") for model in models])
     grade = lambda record: (record["parts"][0].get("keyword", 0), record["verdicts"][0])
@@ -1434,8 +1428,8 @@ def ablation_table(share: str, scores: dict[str, list[dict]]) -> str:
 def step_panels(scores: dict[str, list[dict]], seeing: int, reasoning: int) -> dict[str, dict]:
     """Held-out scores over the RL steps, means over seeds, for svg_figure."""
     panels, end = {}, seeing + reasoning
-    for name in ("greedy recall", "greedy accuracy", MISPERCEIVED):
-        mean = {model: sum(v.get(name, 0) for v in values) / len(values) for model, values in scores.items()}
+    for name in [n for n in ("greedy recall", "greedy accuracy", MISPERCEIVED) if n in scores["warmup"][0]]:
+        mean = {model: sum(v[name] for v in values) / len(values) for model, values in scores.items()}
         lines = {LABELS[arm]: [(0, mean["warmup"]), (end, mean[arm])] for arm in ("reasoning", *ARMS)}
         lines["two stages"].insert(1, (seeing, mean["perception"]))
         panels[f"{name}, by RL step"] = lines
@@ -1444,9 +1438,10 @@ def step_panels(scores: dict[str, list[dict]], seeing: int, reasoning: int) -> d
 
 def gap_panels(scores: dict[str, dict]) -> dict[str, dict]:
     """Two stages minus reasoning only over the shares, means over seeds, for svg_figure."""
-    lines = {name: [] for name in ("greedy accuracy", MISPERCEIVED, "greedy recall")}
+    has = next(iter(scores.values()))["warmup"][0]
+    lines = {name: [] for name in ("greedy accuracy", MISPERCEIVED, "greedy recall") if name in has}
     for name, (share, models) in itertools.product(lines, scores.items()):
-        two, one = ([v.get(name, 0) for v in models[arm]] for arm in ("reasoning", "reasoning_only"))
+        two, one = ([v[name] for v in models[arm]] for arm in ("reasoning", "reasoning_only"))
         lines[name].append((float(share), (sum(two) - sum(one)) / len(two)))
     return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
 
@@ -1585,6 +1580,13 @@ def run(flags: dict) -> None:
         raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all, ablation")
     if stage in ("all", "ablation") and {"from_model", "from_data"} & flags.keys():
         raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
+    shares = flags.get("toy_shapes", Config.toy_shapes).split(",")
+    if not all(share.replace(".", "", 1).isdecimal() and float(share) <= 1 for share in shares):
+        raise ConfigError(f"--toy_shapes {','.join(shares)}: must be from 0 to 1")
+    if len(shares) > 1 and stage != "ablation":
+        raise ConfigError(f"--toy_shapes {','.join(shares)}: a list is for --stage ablation")
+    if flags.get("ablation_seeds", 1) < 1:
+        raise ConfigError(f"--ablation_seeds {flags['ablation_seeds']}: must be at least 1")
     accelerator = start_accelerator(resolve("warmup" if stage in ("all", "ablation") else stage, flags))
     if stage == "ablation":
         ablation(flags | {"stage": "all"})
@@ -1596,8 +1598,6 @@ def run(flags: dict) -> None:
 def run_stages(names: list[str], flags: dict) -> None:
     """The named stages and what they need, in their run folder, which is locked meanwhile."""
     cfg = resolve(names[0], flags)
-    if "," in cfg.toy_shapes:
-        raise ConfigError(f"--toy_shapes {cfg.toy_shapes}: a list is for --stage ablation")
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way

@@ -607,9 +607,6 @@ class ClipScorer:
         """0 at lo, 1 at hi, clamped. The paper: lo = 0, hi = 0.4, so min(cosine / 0.4, 1)."""
         return min(max((cosine - self.lo) / (self.hi - self.lo), 0.0), 1.0)
 
-    def rewards(self, image_lists: list[list], texts: list[str]) -> list[float]:
-        return [self.scaled(cosine) for cosine in self.cosines(image_lists, texts)]
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Rewards of a batch, and scores of evaluation. No model judges.

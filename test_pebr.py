@@ -982,6 +982,21 @@ def test_random_input_ends_in_data_errors_and_nothing_else(tmp_path):
     assert 20 < accepted < 180
 
 
+def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_often_as_set():
+    rng, toy, kinds = random.Random(0), data.ToyConfig(object_noise=0.0), ["subtract"]
+    asked = [data.toy_question(rng, kinds, 0.1) for _ in range(2000)]
+    said = [data.toy_response(question, toy) for question in asked]
+    share = lambda values: sum(values) / len(values)
+    assert share([question.about in data.SHAPES for question in asked]) == pytest.approx(0.1, abs=0.03)
+    assert share(["leave out" not in text for text in said]) == pytest.approx(0.55, abs=0.04)
+    triangles = [f"triangle at {place}" in text.split("###")[1]
+                 for question, text in zip(asked, said)
+                 for _, shape, place in question.scene if shape == "triangle"]  # fmt: skip
+    assert share(triangles) == pytest.approx(0.25, abs=0.04) and len(triangles) > 1000
+    assert all(f"{c} {s} at {p}" in text for question, text in zip(asked, said)
+               for c, s, p in question.scene if s != "triangle")  # fmt: skip
+
+
 def test_the_toy_world_follows_from_its_seed_and_is_made_once(toy, tmp_path):
     data.build_toy_world(str(tmp_path / "toy"), 0, TINY)
     files = lambda folder: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -1641,6 +1656,8 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
         ("--seed 5", "was made with --seed 0 "),
         ("--toy_shapes 0.1,0.5", "a list is for --stage ablation"),
+        ("--stage ablation --toy_shapes 0.1,half", "--toy_shapes 0.1,half: must be from 0 to 1"),
+        ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be at least 1"),
         ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
     ]
     run_dir = new_run(toy, tmp_path / "run")
@@ -2207,12 +2224,12 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     kept = (run_dir / "mixed" / "done").stat().st_mtime_ns
     run(tmp_path, flags)  # nothing is made twice
     assert (run_dir / "mixed" / "done").stat().st_mtime_ns == kept
-    figures = [
-        (tmp_path / "ablation" / "arms.svg").read_text(),
-        pebr.svg_figure(pebr.gap_panels({"0.1": scores, "0.5": scores})),
-    ]
+    figures = [(tmp_path / "ablation" / "arms.svg").read_text()]
+    figures.append(pebr.svg_figure(pebr.gap_panels({"0.1": scores, "0.5": scores})))
     lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
     assert lines == [3 * 4, 3]  # panels x arms; measures
+    own = {model: [{"greedy accuracy": 0.5, "greedy recall": 0.5}] for model in scores}  # no toy's categories
+    assert len(pebr.step_panels(own, 1, 1)) == 2 and "triangle" not in pebr.ablation_table("0.1", own)
 
 
 HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="javascript:0">"""
