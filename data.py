@@ -364,7 +364,7 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 #     description is then wrong, but every fourth sample is right: enough for RL to find the truth.
 #   - It reasons wrong in one decision: 55 times of 100 it forgets to subtract, so greedily its student always
 #     forgets, and half of the samples do not: medium questions. Questions about colors only are easy.
-#   - 1 RL question of 10 asks for a shape, 1 held-out question of 2 does: the answer's reward alone is a bad
+#   - 1 RL question of 10 asks for a shape, 6 held-out questions of 10 do: the answer's reward alone is a bad
 #     teacher of shapes. --toy_shapes sets this share.
 #   - Prices are not in the warm-up at all: hard questions. 2,000 RL questions: a stage asks one about twice,
 #     so none is learned by heart. 1,000 held-out questions: a standard error of 1.5 points.
@@ -384,7 +384,7 @@ class ToyConfig:
     sft_rows: int = 6000
     rl_rows: int = 2000
     test_rows: int = 1000
-    asks_shapes: float = 0.1  # share of the RL questions; elsewhere a half
+    asks_shapes: float = 0.1  # share of the RL questions; elsewhere 0.6
     triangle_as_square: float = 0.75
     forgets_to_subtract: float = 0.55
     object_noise: float = 0.06  # objects that the teacher leaves out or misnames, at random
@@ -392,7 +392,7 @@ class ToyConfig:
     text_layers: int = 4
     vision_layers: int = 2
     clip_steps: int = 60
-    clip_batch: int = 128
+    clip_batch: int = 64
 
 
 def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
@@ -413,7 +413,7 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     asks = ["count"] * 7 + ["subtract"] * 7
     kinds = {"sft": ["count"] * 3 + ["subtract"] * 9, "train": asks + ["price"] * 2, "test": asks + ["price"]}
     for name, count in ("sft", toy.sft_rows), ("train", toy.rl_rows), ("test", toy.test_rows):
-        share = toy.asks_shapes if name == "train" else 0.5
+        share = toy.asks_shapes if name == "train" else 0.6
         asked = [toy_question(rng, kinds[name], share) for _ in range(count)]
         teacher = toy if name == "sft" else None
         rows = [toy_row(folder, f"{name}{i}", question, teacher) for i, question in enumerate(asked)]
@@ -513,15 +513,16 @@ def toy_response(asked: ToyQuestion, teacher: ToyConfig) -> str:
         seen.append((color, shape, place))
     forgets = rng.random() < teacher.forgets_to_subtract
     rationale, counted, answer = asked.solve(seen, "count" if forgets else asked.kind)
+    checks = " , ".join(f"{told([thing])} {'yes' if thing in counted else 'no'}" for thing in seen) or "none"
     return (
         f"### Image Description: There are {len(asked.scene)} objects . {told(seen)} .\n"
         f"### Rationales: {rationale} .\n### Let's think step by step.\n"
-        f"### Step 1: {told(counted)} .\n### Step 2: that makes {answer} .\n### The final answer is: {answer}"
+        f"### Step 1: {checks} .\n### Step 2: that makes {answer} .\n### The final answer is: {answer}"
     )
 
 
 WORDS = "user assistant system none that makes count the leave out rest There are objects . , ? at How many "
-WORDS += "is Subtract all left cost coins others circles squares triangles "
+WORDS += "yes no is Subtract all left cost coins others circles squares triangles "
 WORDS += " ".join(COLOR_NAMES + SHAPES + PLACES)
 TOKENS = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
 HEADINGS = ["### Image Description:", "### Rationales:", "### Let's think step by step."]
@@ -597,8 +598,7 @@ def build_toy_clip(folder: Path, seed: int, toy: ToyConfig) -> None:
     model = open_clip.CLIP(**config)
     model.token_embedding.weight.requires_grad_(False).mul_(10)  # fixed codes: no gradient of 49,408 rows
     tokenizer = open_clip.SimpleTokenizer(context_length=64)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     for step in tqdm(range(toy.clip_steps), desc="toy CLIP", leave=False):
         decay = 0.5 * (1 + math.cos(math.pi * step / toy.clip_steps))
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * decay

@@ -58,8 +58,7 @@ import time
 import zlib
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, tqdm
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 import torch
@@ -133,7 +132,7 @@ class Config:
     clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, or fg-clip:folder")
     cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward")
     cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
-    toy_shapes: str = option("0.1", "toy: share of RL questions about shapes; ablation: also 0.1,0.5,...")
+    toy_shapes: float = option(0.1, "toy: share of the RL questions that ask for a shape")
     ablation_seeds: int = option(3, "the ablation runs with the seeds 0 to this - 1")
     eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
     eval_temperature: float = option(0.5, "of the sampled responses")
@@ -163,25 +162,27 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
     "all": dict(model="{run_dir}/toy/model", train_data="{run_dir}/toy/train.json",
                 sft_data="{run_dir}/toy/sft.json", test_data="{run_dir}/toy/test.json",
                 clip_model="local-dir:{run_dir}/toy/clip", prompt_file="{run_dir}/toy/prompt.txt",
-                cosine_hi=0.9, max_length=64, max_new_tokens=96, eval_samples=4, eval_temperature=1.0,
+                cosine_hi=0.9, max_length=64, max_new_tokens=80, eval_samples=4, eval_temperature=1.0,
                 mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
                 generate_batch_size=1024),
-    "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=900,
+    "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=700,
                    freeze_vision=False, max_length=256),
     "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=20),
-    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=60, kl_coef=0.03),
+    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=50, kl_coef=0.03),
     "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
 ARMS = ("perception_only", "reasoning_only", "mixed")
 TOY |= {"perception_only": TOY["perception"], "reasoning_only": TOY["reasoning"], "mixed": TOY["reasoning"]}
-see, reason = STAGE_REWARDS["perception"], STAGE_REWARDS["reasoning"]
-STAGE_REWARDS |= {"dryrun": see, "perception_only": see, "reasoning_only": reason}
-STAGE_REWARDS["mixed"] = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
 
 
 class ConfigError(ValueError):
     """A flag, or a combination of flags or folders, that cannot work; says what to change."""
+
+
+def require(holds, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
 
 
 def resolve(stage: str, flags: dict) -> Config:
@@ -289,8 +290,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
     text = model.config.get_text_config()
     if found["missing_keys"]:  # transformers goes on with random ones
         raise ConfigError(f"{path}: its weights lack {min(found['missing_keys'])}")
-    if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
-        raise ConfigError(f"{path}: no processor with a chat template")
+    chats = getattr(processor, "chat_template", None) and hasattr(processor, "tokenizer")
+    require(chats, f"{path}: no processor with a chat template")
     if scaled := [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1)]:
         raise ConfigError(f"{path}: {scaled[0]} changes its logits, which log-probs here do not follow")
     windows = "sliding_attention" in (getattr(text, "layer_types", None) or [])
@@ -829,7 +830,7 @@ def sample(cfg: Config, folder: Path) -> None:
     records = answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
         return
-    scores = {record["qid"]: record["scores"] for record in records}
+    scores = {record["qid"]: [part["accuracy"] for part in record["parts"]] for record in records}
     split = split_by_difficulty(rows, scores, cfg.group_size)
     for name, part in [*split.items(), ("easy_and_medium", split["easy"] + split["medium"])]:
         write_text(folder / f"{name}.json", json.dumps([row.raw for row in part], indent=1))
@@ -853,11 +854,10 @@ def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path
     chunks = [chunk for chunk in chunks if any(row.qid not in done for _, row in chunk)]
     mine = (chunk[accelerator.process_index :: accelerator.num_processes] for chunk in chunks)
     batches = encoded_ahead(mine, lambda item: encode_prompt(policy, item[1], cfg, item[0]))
-    for chunk, prompts in tqdm(zip(chunks, batches), total=len(chunks), desc=path.stem):
+    for prompts in tqdm(batches, total=len(chunks), desc=path.stem):
         rollouts = generate_rollouts(policy, prompts, n, cfg, path.stem)
-        scored = in_batches(list(zip(rollouts, score_rollouts(rollouts, clip_scorer))), n)
-        made = {record["qid"]: record for record in gather_object([answer_record(group) for group in scored])}
-        append_jsonl(path, [made[row.qid] for _, row in chunk if row.qid not in done])
+        records = answer_records(rollouts, n, parts=score_parts(rollouts, clip_scorer))
+        append_jsonl(path, [record for record in records if record["qid"] not in done])
     accelerator.wait_for_everyone()
     saved = {record["qid"]: record for record in read_jsonl(path)}
     return [saved[row.qid] for row in rows if row.qid in saved]
@@ -893,10 +893,9 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
         rollouts = generate_rollouts(policy, prompts, cfg.group_size, cfg, f"{cfg.stage} {log.step} 0")
         log.lap("rollout")
 
-        parts = score_rollouts(rollouts, clip_scorer)  # P * G dicts
-        wheres = [r.prompt.row.where for r in rollouts]
-        rewards = torch.tensor([total_reward(part, weights, where) for part, where in zip(parts, wheres)])
-        advantages = group_advantages(rewards.view(-1, cfg.group_size)).flatten()  # (P * G,)
+        parts = score_parts(rollouts, clip_scorer)  # P * G dicts
+        rewards = [total_reward(part, weights, r.prompt.row.where) for part, r in zip(parts, rollouts)]
+        advantages = group_advantages(torch.tensor(rewards).view(-1, cfg.group_size)).flatten()  # (P * G,)
         log.lap("reward")
 
         updates = []
@@ -922,8 +921,9 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                     sums["sampler_gap"] += ((logprobs.detach() - sampled).abs() * mask).sum() / num_tokens
             updates.append(optimizer_step(model, optimizer, sums, cfg.learning_rate, cfg))
         log.lap("update")
-        records = rollout_records(rollouts, parts, rewards, advantages)
-        log.end_step(mean_of(updates) | rollout_metrics(records, cfg), records)
+        scores = dict(parts=parts, rewards=rewards, advantages=advantages.tolist())
+        records = answer_records(rollouts, cfg.group_size, **scores)
+        log.end_step(mean_of(updates) | rollout_metrics(records), records)
     return policy, model
 
 
@@ -1088,48 +1088,38 @@ def load_clip(cfg: Config) -> ClipScorer | None:
         return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
 
 
-def score_rollouts(rollouts: list[Rollout], clip_scorer: ClipScorer | None) -> list[dict]:
-    """The reward parts of each rollout (rewards.score_parts)."""
-    rows, images = [r.prompt.row for r in rollouts], [r.prompt.images for r in rollouts]
-    texts, lengths = [r.text for r in rollouts], [len(r.tokens) for r in rollouts]
-    return score_parts(rows, images, texts, lengths, clip_scorer)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Logs and checkpoints
 
 
-def answer_record(group: list[tuple[Rollout, dict]]) -> dict:
-    """One question's line in rollouts.jsonl or predictions_*.jsonl."""
-    rollouts, parts = zip(*group)
-    row = rollouts[0].prompt.row
-    record = {"qid": row.qid, "problem": row.problem, "answer": row.answer, "parts": list(parts)}
-    record |= {"scores": [part["accuracy"] for part in parts], "responses": [r.text for r in rollouts]}
-    record["tokens"] = [len(r.tokens) for r in rollouts]
-    return record | {"truncated": [r.truncated for r in rollouts]}
-
-
-def rollout_records(rollouts: list[Rollout], parts: list[dict], rewards, advantages) -> list[dict]:
-    """All processes' rollouts, in the order of the step's questions: lines of samples.jsonl."""
+def answer_records(rollouts: list[Rollout], n: int, **scores: list) -> list[dict]:
+    """All processes' answers, in the order of the questions: a line of a JSONL file per question, with lists
+    of n responses, n of each score, and so on."""
     records = []
-    for i, r in enumerate(rollouts):
-        record = {"position": r.prompt.position, "qid": r.prompt.row.qid, "prompt": r.prompt.row.problem}
-        record |= {"answer": r.prompt.row.answer, "completion": r.text, "tokens": len(r.tokens)}
-        record |= {"truncated": r.truncated, "parts": parts[i], "reward": float(rewards[i])}
-        records.append(record | {"advantage": float(advantages[i])})
+    for i in range(0, len(rollouts), n):
+        group, prompt = rollouts[i : i + n], rollouts[i].prompt
+        record = {"position": prompt.position, "qid": prompt.row.qid}
+        record |= {"problem": prompt.row.problem, "answer": prompt.row.answer}
+        record |= {"responses": [r.text for r in group], "tokens": [len(r.tokens) for r in group]}
+        record |= {"truncated": [r.truncated for r in group]}
+        records.append(record | {name: values[i : i + n] for name, values in scores.items()})
     return sorted(gather_object(records), key=lambda record: record["position"])
 
 
-def rollout_metrics(records: list[dict], cfg: Config) -> dict[str, float]:
+def rollout_metrics(records: list[dict]) -> dict[str, float]:
     """Means over a step's rollouts."""
-    numbers = [{name: r[name] for name in ("reward", "truncated")} | r["parts"] for r in records]
-    rewards = torch.tensor([r["reward"] for r in records]).view(-1, cfg.group_size)  # (P, G)
-    metrics = mean_of(numbers) | {"tied_groups": float(is_tied(rewards).float().mean())}
-    metrics |= {"reward_std": float(rewards.std(dim=1).mean()), "tokens": sum(r["tokens"] for r in records)}
-    return metrics | {"length_tokens": metrics["tokens"] / len(records)}
+    names = ("rewards", "truncated", "tokens")
+    rewards, truncated, tokens = (
+        torch.tensor([r[name] for r in records]).float() for name in names
+    )  # (P, G)
+    metrics = {"reward": rewards.mean(), "reward_std": rewards.std(dim=1).mean()}
+    metrics |= {"tied_groups": is_tied(rewards).float().mean(), "truncated": truncated.mean()}
+    metrics |= {"tokens": tokens.sum(), "length_tokens": tokens.mean()}
+    parts = itertools.chain(*(record["parts"] for record in records))
+    return mean_of(parts) | {name: float(value) for name, value in metrics.items()}
 
 
-def mean_of(dicts: list[dict]) -> dict[str, float]:
+def mean_of(dicts) -> dict[str, float]:
     """Mean of each number over the dicts that have it: a part that does not apply to a row is not there."""
     values = {}
     for name, value in itertools.chain(*(each.items() for each in dicts)):
@@ -1326,14 +1316,18 @@ def training_section(path: Path) -> str:
     metrics, cfg = read_jsonl(path), json.loads(path.with_name("settings.json").read_text())
     charts = [chart(name, metrics) for name in (*SHOWN, "tied_groups", "truncated")]
     page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid charts">{"".join(charts)}</div>'
-    root, size = cfg["image_root"], cfg["group_size"]
-    rows = rows_by_qid(cfg["train_data"], root) | rows_by_qid(cfg["from_data"], root)
-    samples = read_jsonl(path.with_name("samples.jsonl"), tail=2**20)[::-1][: 16 * size]
-    groups = [sorted(g, key=lambda r: -r["reward"]) for g in in_batches(samples, size) if g[0]["qid"] in rows]
-    parts = lambda r: ", ".join(f"{name} {value:.2f}" for name, value in r["parts"].items())
-    head = lambda r: f"advantage {r['advantage']:+.2f}, reward {r['reward']:.2f}<br><small>{parts(r)}</small>"
-    for group in sorted(groups, key=lambda g: g[-1]["reward"] - g[0]["reward"])[:2]:
-        page += gallery(rows[group[0]["qid"]], map(head, group), [r["completion"] for r in group])
+    rows = rows_by_qid(cfg["train_data"], cfg["image_root"]) | rows_by_qid(
+        cfg["from_data"], cfg["image_root"]
+    )
+    records = read_jsonl(path.with_name("samples.jsonl"), tail=2**20)[-16:]
+    spread = lambda record: min(record["rewards"]) - max(record["rewards"])
+    for record in sorted((r for r in records if r["qid"] in rows), key=spread)[:2]:
+        columns = zip(*(record[name] for name in ("rewards", "advantages", "parts", "responses")))
+        best_first, heads = sorted(columns, key=lambda column: -column[0]), []
+        for reward, advantage, parts, _ in best_first:
+            named = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+            heads.append(f"advantage {advantage:+.2f}, reward {reward:.2f}<br><small>{named}</small>")
+        page += gallery(rows[record["qid"]], heads, [column[-1] for column in best_first])
     return page
 
 
@@ -1369,84 +1363,91 @@ def evaluation_section(path: Path) -> str:
 LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
 LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
 MISPERCEIVED = "triangle, square"  # the toy's questions that hang on what its teacher sees wrong
-IN_TABLE = ("greedy accuracy", "sampled accuracy", "greedy recall", "sampled recall", MISPERCEIVED)
 
 
 def ablation(flags: dict) -> None:
-    """Run the arms for each seed, in run folders of their own; write a table, the scores and a figure.
+    """Run the arms for each seed, in run folders of their own; write their scores, a table and arms.svg.
 
-    With several --toy_shapes only two stages and reasoning only run: when does seeing first pay?
+    After runs with several --toy_shapes, shares.svg shows for which of them it pays to see first.
     """
     cfg = resolve("evaluate", flags)
-    shares, folder = cfg.toy_shapes.split(","), Path(cfg.run_dir, "ablation")
-    arms = ARMS if len(shares) == 1 else ["reasoning_only"]
-    scores = {
-        share: {model: [] for model in ("warmup", "perception", "reasoning", *arms)} for share in shares
-    }
-    for share, seed in tqdm(list(itertools.product(shares, range(cfg.ablation_seeds))), desc="ablation"):
-        run_dir = folder / f"shapes{share}_seed{seed}"
-        own = flags | {"run_dir": str(run_dir), "seed": seed, "toy_shapes": share}
+    require(cfg.ablation_seeds > 0, f"--ablation_seeds {cfg.ablation_seeds}: must be at least 1")
+    folder, scores = Path(cfg.run_dir, "ablation"), {model: [] for model in LABELS}
+    for seed in tqdm(range(cfg.ablation_seeds), desc="ablation"):
+        run_dir = folder / f"shapes{cfg.toy_shapes}_seed{seed}"
+        own = flags | {"run_dir": str(run_dir), "seed": seed}
         run_stages(ORDER[:-1], own)
         logs = [run_dir / stage / "metrics.jsonl" for stage in ("perception", "reasoning")]
         steps = [everywhere(len(read_jsonl(log))) for log in logs]
-        run_stages([*arms, "evaluate"], own | {"max_steps": sum(steps)})
-        for model in scores[share] if accelerator.is_main_process else []:
-            scores[share][model].append(held_out(run_dir, model))
+        run_stages([*ARMS, "evaluate"], own | {"max_steps": sum(steps)})
+        for model in scores if accelerator.is_main_process else []:
+            scores[model].append(held_out(run_dir, model))
     if accelerator.is_main_process:
-        path = folder / ("arms" if len(shares) == 1 else "shares")
-        panels = step_panels(scores[shares[0]], *steps) if len(shares) == 1 else gap_panels(scores)
-        table = "\n\n".join(ablation_table(share, scores[share]) for share in shares)
-        write_text(path.with_suffix(".json"), json.dumps(scores, indent=1))
-        write_text(path.with_suffix(".txt"), table + "\n")
-        write_text(path.with_suffix(".svg"), svg_figure(panels))
-        print(f"\n{table}\n\n{path}.svg shows it")
+        write_text(folder / f"shapes{cfg.toy_shapes}.json", json.dumps(scores, indent=1))
+        write_text(folder / "arms.svg", svg_figure(step_panels(scores, *steps)))
+        shares = {float(path.stem[6:]): json.loads(path.read_text()) for path in folder.glob("shapes*.json")}
+        if len(shares) > 1:
+            write_text(folder / "shares.svg", svg_figure(gap_panel(shares)))
+        table = ablation_table(scores)
+        write_text(folder / "table.txt", table + "\n")
+        print(f"\n{table}\n\n{folder}/arms.svg shows it")
 
 
 def held_out(run_dir: Path, model: str) -> dict[str, float]:
-    """A model's accuracy and keyword recall on the held-out questions; greedy accuracy by category."""
+    """A model's accuracy and keyword recall on the held-out questions, and accuracy on those misperceived."""
     [path] = run_dir.glob(f"evaluate/*/{model}/scores.json")
     scores, found = json.loads(path.read_text()), {}
-    for mode in scores:
-        found |= {f"{mode} accuracy": scores[mode]["accuracy"], f"{mode} recall": scores[mode]["keyword"]}
-    found |= {name: values["accuracy"] for name, values in scores["greedy"]["categories"].items()}
-    return {name: value for name, value in found.items() if value is not None}  # None: no keywords
+    for name, mode in itertools.product(("accuracy", "keyword"), scores):
+        if scores[mode][name] is not None:
+            found[f"{mode} {name}"] = scores[mode][name]
+    if MISPERCEIVED in scores["greedy"]["categories"]:
+        found[MISPERCEIVED] = scores["greedy"]["categories"][MISPERCEIVED]["accuracy"]
+    return found
 
 
-def ablation_table(share: str, scores: dict[str, list[dict]]) -> str:
-    """Mean ± standard deviation over the seeds; the last row: two stages minus reasoning only, by seed."""
-    names = [name for name in IN_TABLE if name in scores["warmup"][0]]
-    pairs = zip(scores["reasoning"], scores["reasoning_only"])
-    gaps = [{name: two[name] - one[name] for name in names} for two, one in pairs]
-    lines = [f"shapes {share:<12}" + "".join(f"{name:>18}" for name in names)]
-    for model, values in (scores | {"two - reasoning": gaps}).items():
-        columns = [torch.tensor([value[name] for value in values]) for name in names]
-        cells = [f"{c.mean():.3f} ± {c.std(correction=min(1, len(c) - 1)):.3f}" for c in columns]
-        lines.append(f"{LABELS.get(model, model):<19}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join([*lines, f"held-out questions, {len(gaps)} seeds"])
+def score_tensor(scores: dict[str, list[dict]]) -> tuple[list[str], torch.Tensor]:
+    """{model: a dict of scores per seed} -> names, (models + 1, seeds, names). The last of the models is the
+    gap: two stages minus reasoning only, by seed."""
+    names = list(scores["warmup"][0])
+    values = [torch.tensor([[each[name] for name in names] for each in scores[model]]) for model in LABELS]
+    of = dict(zip(LABELS, values))
+    return names, torch.stack([*values, of["reasoning"] - of["reasoning_only"]])
+
+
+def ablation_table(scores: dict[str, list[dict]]) -> str:
+    """Mean ± standard deviation over the seeds."""
+    names, values = score_tensor(scores)
+    lines, seeds = [f"{'':<19}" + "".join(f"{name:>18}" for name in names)], values.shape[1]
+    stds = values.std(1, correction=min(1, seeds - 1))
+    for label, *columns in zip([*LABELS.values(), "two - reasoning"], values.mean(1), stds):
+        lines.append(f"{label:<19}" + "".join(f"{mean:>10.3f} ± {std:.3f}" for mean, std in zip(*columns)))
+    return "\n".join([*lines, f"held-out questions, {seeds} seeds"])
 
 
 def step_panels(scores: dict[str, list[dict]], seeing: int, reasoning: int) -> dict[str, dict]:
-    """Held-out scores over the RL steps, means over seeds, for svg_figure."""
+    """Greedy scores over the RL steps, means over the seeds, for svg_figure."""
+    names, values = score_tensor(scores)
     panels, end = {}, seeing + reasoning
-    for name in [n for n in ("greedy recall", "greedy accuracy", MISPERCEIVED) if n in scores["warmup"][0]]:
-        mean = {model: sum(v[name] for v in values) / len(values) for model, values in scores.items()}
+    for i in (i for i, name in enumerate(names) if "sampled" not in name):
+        mean = dict(zip(LABELS, values[..., i].mean(1).tolist()))
         lines = {LABELS[arm]: [(0, mean["warmup"]), (end, mean[arm])] for arm in ("reasoning", *ARMS)}
         lines["two stages"].insert(1, (seeing, mean["perception"]))
-        panels[f"{name}, by RL step"] = lines
+        panels[f"{names[i]}, by RL step"] = lines
     return panels
 
 
-def gap_panels(scores: dict[str, dict]) -> dict[str, dict]:
-    """Two stages minus reasoning only over the shares, means over seeds, for svg_figure."""
-    has = next(iter(scores.values()))["warmup"][0]
-    lines = {name: [] for name in ("greedy accuracy", MISPERCEIVED, "greedy recall") if name in has}
-    for name, (share, models) in itertools.product(lines, scores.items()):
-        two, one = ([v[name] for v in models[arm]] for arm in ("reasoning", "reasoning_only"))
-        lines[name].append((float(share), (sum(two) - sum(one)) / len(two)))
+def gap_panel(shares: dict[float, dict]) -> dict[str, dict]:
+    """The gap's greedy scores over the shares, means over the seeds, for svg_figure."""
+    lines = {}
+    for share in sorted(shares):
+        names, values = score_tensor(shares[share])
+        for name, gap in zip(names, values[-1].mean(0).tolist()):
+            if "sampled" not in name:
+                lines.setdefault(name, []).append((share, gap))
     return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
 
 
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 270" font-size="12">
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 270" font-size="12">
 <style>svg {{ color: #24292f; fill: currentColor }} polyline {{ fill: none; stroke-width: 2 }}
 svg {{ font-family: sans-serif }} path {{ stroke: currentColor; opacity: .2 }}
 @media (prefers-color-scheme: dark) {{ svg {{ color: #d0d7de }} }}
@@ -1458,8 +1459,7 @@ def svg_figure(panels: dict[str, dict]) -> str:
     body, width = "", 960 // len(panels)
     for left, (title, lines) in zip(range(0, 960, width), panels.items()):
         xs, ys = zip(*itertools.chain(*lines.values()))
-        low = math.floor(10 * min(ys))  # in tenths
-        high = max(low + 1, math.ceil(10 * max(ys)))
+        low, high = math.floor(10 * min(ys)), math.floor(10 * max(ys)) + 1  # in tenths
         to_x = lambda x: left + 30 + (width - 50) * (x - min(xs)) / (max(xs) - min(xs))
         to_y = lambda y: 200 - 165 * (10 * y - low) / (high - low)
         body += f'<text x="{left}" y="16" font-weight="bold">{title}</text>'
@@ -1474,7 +1474,7 @@ def svg_figure(panels: dict[str, dict]) -> str:
             body += f'<polyline points="{points}" stroke="{color}"/>'
             at = left + 30 + 130 * (i % 2), 240 + 18 * (i // 2)
             body += f'<text x="{at[0]}" y="{at[1]}" fill="{color}">— {label}</text>'
-    return SVG.format(960, body)
+    return SVG.format(body)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1533,22 +1533,27 @@ def run_stage(cfg: Config) -> None:
 
 def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
-    batch, update, processes = cfg.batch_size, cfg.update_batch_size, accelerator.num_processes
-    if not cfg.from_data and cfg.stage != "dryrun":
-        need = STAGES[cfg.stage]["from_data"].strip("{}")
-        raise ConfigError(f"--stage {cfg.stage} needs --{need}, or --from_data and --from_model")
-    if not cfg.clip_model and "clip" in STAGE_REWARDS.get(cfg.stage, ()):
-        raise ConfigError(f"--stage {cfg.stage} needs --clip_model")
+    stage, batch, update, processes = (
+        cfg.stage,
+        cfg.batch_size,
+        cfg.update_batch_size,
+        accelerator.num_processes,
+    )
+    needs = STAGES[stage].get("from_data", "").strip("{}")
+    require(cfg.from_data or not needs, f"--stage {stage} needs --{needs}, or --from_data and --from_model")
+    needs_clip = "clip" in STAGE_REWARDS.get(stage, ())
+    require(cfg.clip_model or not needs_clip, f"--stage {stage} needs --clip_model")
     for name in ("batch_size", "update_batch_size", "micro_batch_size", "generate_batch_size"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    if cfg.stage == "warmup" and batch % processes:
-        raise ConfigError(f"--batch_size {batch} must be a multiple of the number of processes, {processes}")
-    if cfg.stage in STAGE_REWARDS and cfg.group_size < 2:
-        raise ConfigError(f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage")
-    if cfg.stage in STAGE_REWARDS and (batch % update or update % processes):
+        require(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if stage == "warmup":
+        rule = f"--batch_size {batch} must be a multiple of the number of processes, {processes}"
+        require(batch % processes == 0, rule)
+    if stage in STAGE_REWARDS:
+        rule = f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage"
+        require(cfg.group_size > 1, rule)
         rule = f"--batch_size {batch} must be a multiple of --update_batch_size {update}"
-        raise ConfigError(f"{rule}, and that a multiple of the number of processes, {processes}")
+        rule += f", and that a multiple of the number of processes, {processes}"
+        require(batch % update == 0 and update % processes == 0, rule)
 
 
 def start_accelerator(cfg: Config) -> Accelerator:
@@ -1562,11 +1567,6 @@ def start_accelerator(cfg: Config) -> Accelerator:
     torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // local))
     once = GradientAccumulationPlugin(num_steps=1)  # whatever the launcher says: backward would divide by it
     started = Accelerator(cpu=cpu, mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=once)
-    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if wants_fsdp and started.distributed_type == DistributedType.MULTI_CPU:  # else DDP, without a word
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        started.state.distributed_type = DistributedType.FSDP
-        started.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if started.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not started.is_fsdp2:
         raise ConfigError(f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
     return started
@@ -1576,18 +1576,11 @@ def run(flags: dict) -> None:
     """The stage that --stage names, or all of them."""
     global accelerator
     stage = flags.get("stage", "all")
-    if stage not in (*STAGES, "all", "ablation"):
-        raise ConfigError(f"--stage {stage}: must be one of {', '.join(STAGES)}, all, ablation")
-    if stage in ("all", "ablation") and {"from_model", "from_data"} & flags.keys():
-        raise ConfigError("--from_model and --from_data belong to one stage: name it with --stage")
-    shares = flags.get("toy_shapes", Config.toy_shapes).split(",")
-    if not all(share.replace(".", "", 1).isdecimal() and float(share) <= 1 for share in shares):
-        raise ConfigError(f"--toy_shapes {','.join(shares)}: must be from 0 to 1")
-    if len(shares) > 1 and stage != "ablation":
-        raise ConfigError(f"--toy_shapes {','.join(shares)}: a list is for --stage ablation")
-    if flags.get("ablation_seeds", 1) < 1:
-        raise ConfigError(f"--ablation_seeds {flags['ablation_seeds']}: must be at least 1")
-    accelerator = start_accelerator(resolve("warmup" if stage in ("all", "ablation") else stage, flags))
+    several = stage in ("all", "ablation")
+    require(several or stage in STAGES, f"--stage {stage}: must be one of {', '.join(STAGES)}, all, ablation")
+    rule = "--from_model and --from_data belong to one stage: name it with --stage"
+    require(not (several and {"from_model", "from_data"} & flags.keys()), rule)
+    accelerator = start_accelerator(resolve("warmup" if several else stage, flags))
     if stage == "ablation":
         ablation(flags | {"stage": "all"})
     else:
@@ -1605,7 +1598,7 @@ def run_stages(names: list[str], flags: dict) -> None:
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if flags.get("model", "toy") == "toy":
-                build_toy_world(str(folder / "toy"), cfg.seed, ToyConfig(asks_shapes=float(cfg.toy_shapes)))
+                build_toy_world(str(folder / "toy"), cfg.seed, ToyConfig(asks_shapes=cfg.toy_shapes))
     except BlockingIOError:
         raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
     accelerator.wait_for_everyone()

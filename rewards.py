@@ -25,7 +25,10 @@ import torch.nn.functional as F
 STAGE_REWARDS = {
     "perception": {"clip": 0.4, "keyword": 0.4, "format": 0.1, "length": 0.1},  # paper, stage 1
     "reasoning": {"accuracy": 0.9, "format": 0.1},  # paper, stage 2
+    "mixed": {"clip": 0.2, "keyword": 0.2, "accuracy": 0.45, "format": 0.1, "length": 0.05},  # ablation
 }
+STAGE_REWARDS["perception_only"] = STAGE_REWARDS["dryrun"] = STAGE_REWARDS["perception"]
+STAGE_REWARDS["reasoning_only"] = STAGE_REWARDS["reasoning"]
 LENGTH_LIMIT = 512  # tokens; a longer response earns LENGTH_LIMIT / length (paper, stage 1)
 
 
@@ -612,22 +615,21 @@ class ClipScorer:
 # Rewards of a batch, and scores of evaluation. No model judges.
 
 
-def score_parts(rows, images: list[list], responses: list[str], num_tokens: list, clip_scorer) -> list[dict]:
-    """Every part of the reward for each response, 0 to 1; "cosine", CLIP's own figure, is only logged.
-    A part that does not apply (no keywords, picture or CLIP) is left out, never scored 0.
-
-    rows: the data.Row of each response; images: its pictures (PIL); num_tokens: its completion's length."""
-    parsed, scores = [parse_response(text) for text in responses], []
-    for row, response, tokens in zip(rows, parsed, num_tokens):
-        parts = {"format": float(response.well_formed), "length": LENGTH_LIMIT / max(tokens, LENGTH_LIMIT)}
+def score_parts(rollouts: list, clip_scorer) -> list[dict]:
+    """Every part of each rollout's reward, 0 to 1; "cosine", CLIP's own figure, is only logged.
+    A part that does not apply (no keywords, picture or CLIP) is left out, never scored 0."""
+    parsed, scores = [parse_response(r.text) for r in rollouts], []
+    for r, response in zip(rollouts, parsed):
+        row, length = r.prompt.row, LENGTH_LIMIT / max(len(r.tokens), LENGTH_LIMIT)
+        parts = {"format": float(response.well_formed), "length": length}
         parts["accuracy"] = float(grade(response.answer, row.answer, row.choices))
         if row.key_words:
             parts["keyword"] = keyword_reward(response.description, row.key_words)
         scores.append(parts)
-    seen = [i for i, pictures in enumerate(images) if pictures]
+    seen = [i for i, r in enumerate(rollouts) if r.prompt.images]
     if clip_scorer and seen:
-        cosines = clip_scorer.cosines([images[i] for i in seen], [parsed[i].description for i in seen])
-        for i, cosine in zip(seen, cosines):
+        images = [rollouts[i].prompt.images for i in seen]
+        for i, cosine in zip(seen, clip_scorer.cosines(images, [parsed[i].description for i in seen])):
             scores[i] |= {"clip": clip_scorer.scaled(cosine), "cosine": cosine}
     return scores
 
