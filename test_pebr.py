@@ -120,8 +120,7 @@ GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's 
 SEEN = "Two red dots."
 SECTIONS = [
     (GOOD, SEEN, "2", True),
-    (GOOD.upper(), SEEN.upper(), "2", True),  # any case
-    (GOOD.replace("Let's", "Let’s").replace(" ### Rationales", "\n\n###Rationales"), SEEN, "2", True),
+    (GOOD.upper().replace("LET'S", "LET’S").replace(" ### R", "\n\n###R"), SEEN.upper(), "2", True),
     (GOOD.replace("is: 2", "is:\n\n  **2**\n"), SEEN, "**2**", True),  # on a later line
     ("Sure! " + GOOD, SEEN, "2", False),  # text before the first section
     (GOOD.replace("### Rationales: Count. ", ""), SEEN, "2", False),  # section missing
@@ -170,14 +169,16 @@ def test_parts_that_do_not_apply_are_left_out_and_length_pays_up_to_512_tokens(t
     assert [scorer.scaled(cosine) for cosine in (-2, 3)] == [0, 1]  # clamped
 
 
-def test_stage_rewards_have_the_papers_weights_and_a_missing_part_is_an_error():
-    parts = {"clip": 0.5, "keyword": 0.25, "format": 1.0, "length": 1.0, "accuracy": 1.0, "cosine": 9.0}
-    # 0.4 * 0.5 + 0.4 * 0.25 + 0.1 + 0.1 = 0.5;   0.9 * 1 + 0.1 * 1 = 1
-    for stage, total in (("perception", 0.5), ("reasoning", 1.0)):
-        assert rewards.total_reward(parts, rewards.STAGE_REWARDS[stage], "row 1") == pytest.approx(total)
+def test_stage_1_has_the_papers_weights_and_a_missing_part_is_an_error():  # stage 2: see the hacks
+    parts, weights = (
+        {"clip": 0.5, "keyword": 0.25, "format": 1, "length": 1},
+        rewards.STAGE_REWARDS["perception"],
+    )
+    total = 0.4 * 0.5 + 0.4 * 0.25 + 0.1 + 0.1
+    assert rewards.total_reward({**parts, "cosine": 9}, weights, "") == pytest.approx(total)
     for broken in ({"keyword": 1.0}, {**parts, "clip": math.nan}, {**parts, "clip": math.inf}):
         with pytest.raises(ValueError, match="a.json row 7: the reward 'clip' is missing or not a finite"):
-            rewards.total_reward(broken, rewards.STAGE_REWARDS["perception"], "a.json row 7")
+            rewards.total_reward(broken, weights, "a.json row 7")
 
 
 # Clear pairs of answer and gold (and choices), with a person's verdict
@@ -258,8 +259,7 @@ def test_respellings_of_a_gold_are_accepted_and_different_golds_never():
     spelled = [spelled_gold(rng) for _ in range(1_000)]
     golds = [(kind, value, *rng.choices(forms, k=2)) for kind, value, forms in spelled]
     pairs = list(zip(golds, golds)) + [rng.choices(golds, k=2) for _ in range(10_000)]
-    wrong = [(a, b) for a, b in pairs if rewards.grade(a[2], b[3]) is not (a[:2] == b[:2])]
-    assert wrong == []
+    assert [(a, b) for a, b in pairs if rewards.grade(a[2], b[3]) is not (a[:2] == b[:2])] == []
 
 
 def test_no_answer_makes_the_grader_fail_or_slow():
@@ -339,9 +339,8 @@ def test_an_answer_is_the_section_the_last_box_or_a_short_response():
 
 
 def test_relaxed_accuracy_allows_a_number_to_be_five_percent_off():
-    right = lambda answer, gold, relaxed=True: rewards.is_right(
-        answer, Row("", "", "", gold, relaxed=relaxed)
-    )
+    row = lambda gold, relaxed: Row("", "1", "How many?", gold, [], relaxed=relaxed)
+    right = lambda answer, gold, relaxed=True: rewards.is_right(answer, row(gold, relaxed))
     assert right("105", "100") and not right("106", "100") and not right("105", "100", relaxed=False)
     assert right("$1,234.00", "1200") and right("The value is 24.1%.", "0.25")  # signs, units, labels
     assert right("the blue bars", "Blue bar") and not right("10 or 100", "100")
@@ -460,8 +459,7 @@ BROKEN = [  # FG-CLIP or not, how a good folder is broken, and the message
     (0, lambda f: (f / CLIP_WEIGHTS).unlink(), "Required pretrained weights"),  # no random model
     (0, lambda f: os.truncate(f / CLIP_WEIGHTS, 900), "SafetensorError"),  # half a download
     (0, lambda f: edit_weights(f / CLIP_WEIGHTS, lambda w: w["text_projection"].fill_(math.nan)), "finite"),
-    (0, lambda f: torch.save({"logit_scale": Payload(f / "ran")}, (f / CLIP_WEIGHTS).rename(f / CLIP_PICKLE)),
-     "UnpicklingError"),
+    (0, lambda f: torch.save(Payload(f / "ran"), (f / CLIP_WEIGHTS).rename(f / CLIP_PICKLE)), "Unpickling"),
     (1, lambda f: edit_weights(f / FG_WEIGHTS, lambda w: w.pop("text_filip_projection.weight")), "lack text"),
     (1, lambda f: edit_weights(f / FG_WEIGHTS, lambda w: w.pop("visual_projection.weight")), "Missing key"),
 ]  # fmt: skip
@@ -469,10 +467,8 @@ BROKEN = [  # FG-CLIP or not, how a good folder is broken, and the message
 
 @pytest.mark.parametrize("fg, harm, reason", BROKEN)
 def test_a_broken_clip_folder_says_why_and_runs_no_code(fg, harm, reason, tmp_path):
-    name = clip_folder(tmp_path)
-    if fg:
-        fg_clip_checkpoint(tmp_path, 16, 32)
-        name = f"fg-clip:{tmp_path}"
+    fg_clip_checkpoint(tmp_path, 16, 32) if fg else clip_folder(tmp_path)
+    name = f"{'fg-clip' if fg else 'local-dir'}:{tmp_path}"
     harm(tmp_path)
     with pytest.raises(rewards.ClipError, match=f"(?s)--clip_model {name}: .*{re.escape(reason)}"):
         rewards.ClipScorer(name)
@@ -531,10 +527,8 @@ def test_fg_clip_scores_as_the_original_formula_says(patch, image, tmp_path):
 
 def bench_clip() -> None:
     """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 15 to 45 words), the best of 5."""
-    rng, words = (
-        random.Random(0),
-        "a the red blue large small circle square is left right of and with".split(),
-    )
+    rng = random.Random(0)
+    words = "a the red blue large small circle square is left right of and with".split()
     texts = [" ".join(rng.choices(words, k=rng.randint(15, 45))) for _ in range(64)]
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
     toy, large = folders = [Path(tempfile.mkdtemp(), name) for name in ("toy CLIP", "ViT-B-32")]
@@ -545,9 +539,8 @@ def bench_clip() -> None:
         scorer = rewards.ClipScorer(f"local-dir:{folder}")
         ways = [lambda: one_call_each(scorer, lists, texts), lambda: scorer.cosines(lists, texts)]
         single, batched = [min(timeit.repeat(way, timer=time.process_time, number=1)) for way in ways]
-        difference = max(abs(a - b) for a, b in zip(*[way() for way in ways]))
-        row = f"| {single:.3g} s | {batched:.3g} s ({single / batched:.1f} x) | {difference:.0e} |"
-        print("|", folder.name, row, flush=True)
+        gap = max(abs(a - b) for a, b in zip(*[way() for way in ways]))
+        print(f"| {folder.name} | {single:.3g} s | {batched:.3g} s ({single / batched:.1f} x) | {gap:.0e} |")
         shutil.rmtree(folder.parent)
 
 
@@ -561,11 +554,13 @@ def judge(name: str, answer: str, gold: str, choices=None) -> bool:
     """A grader's verdict. Only ours knows choices; math-verify reads LaTeX between dollars."""
     if name == "pebr":
         return rewards.grade(answer, gold, choices)
-    if name == "mathruler":
-        return bool(importlib.import_module("mathruler.grader").grade_answer(answer, gold))
-    other = importlib.import_module("math_verify")
-    texts = [text if re.search(r"\$|\\[(\[]", text) else f"${text}$" for text in (gold, answer)]
-    return bool(other.verify(*map(other.parse, texts)))
+    module = importlib.import_module("mathruler.grader" if name == "mathruler" else "math_verify")
+    with suppress(Exception):  # as if it refused: the caller gets no reward from it
+        if name == "mathruler":
+            return bool(module.grade_answer(answer, gold))
+        texts = [text if re.search(r"\$|\\[(\[]", text) else f"${text}$" for text in (gold, answer)]
+        return bool(module.verify(*map(module.parse, texts)))
+    return False
 
 
 def print_graders() -> None:
@@ -580,10 +575,6 @@ def print_graders() -> None:
                 counts[pool.apply_async(judge, (name, *pair)).get(20), verdict] += 1
             except multiprocessing.TimeoutError:
                 pool, counts["hangs"] = pool.terminate(), counts["hangs"] + 1
-            except ImportError:
-                raise
-            except Exception:  # a verdict, too: the caller gets no reward from it
-                counts[False, verdict] += 1
         agreed = f"{counts[True, True] + counts[False, False]} of {len(CLEAR)}"
         print(f"| {name} | {agreed} | {counts[True, False]} | {counts[False, True]} | {counts['hangs']} |")
 
@@ -619,7 +610,8 @@ def write_rows(path, *rows):
 
 
 LIST = '"choices" must be a list of texts'
-BROKEN_ROWS = {"json": [  # how a good row is changed, and the message
+BROKEN_ROWS = {"json": [  # a good row, another, what is needed; how a row is changed, and the message
+    (ROW, {"qid": "2"}, "key_words"),
     ({}, "qid 1 is already that of rows.json row 0"), ({"problem": " "}, '"problem" is missing, empty or'),
     ({"level": math.nan}, "can hold (Out of range float"), ({"problem": "\ud800"}, "surrogates not allowed"),
     ({"key_words": []}, 'no "key_words", which'), ({"key_words": [3]}, '"key_words" must be a list of texts'),
@@ -630,6 +622,7 @@ BROKEN_ROWS = {"json": [  # how a good row is changed, and the message
     ({"images": ["../secret.png"]}, "outside the image"), ({"images": ["link.png"]}, "outside the image"),
     ({"images": ["a.png\0"]}, "is not in"), ({"images": ["pipe.png"]}, "or is no regular file"),
 ], "tsv": [
+    ({"answer": "x"}, {"image": "0"}),
     ({"image": "7"}, "image cell '7' is no picture, nor the index of one"),
     ({"image": "6"}, "image cell '6' is no picture"),  # a link to the last row, which is a link
     ({"choices": "[__import__('os').system('true')]"}, LIST), ({"A": "", "B": "b"}, LIST),
@@ -643,12 +636,10 @@ def test_a_broken_row_is_named_with_its_reason_and_the_others_are_kept(kind, tmp
     root.mkdir(), picture(root / "a.png"), picture(tmp_path / "secret.png"), os.mkfifo(root / "pipe.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "summary.json").write_text('{"image_root": "/"}')  # which must not count
-    row, last, need = (
-        (ROW, {"qid": "2"}, "key_words") if kind == "json" else ({"answer": "x"}, {"image": "0"}, "answer")
-    )
-    changes, reasons = zip(*BROKEN_ROWS[kind])
+    (row, last, *need), *broken = BROKEN_ROWS[kind]
+    changes, reasons = zip(*broken)
     path = write_rows(root / f"rows.{kind}", row, *[row | change for change in changes], row | last)
-    kept, problems = data.load_rows(path, need=("answer", need))
+    kept, problems = data.load_rows(path, need=("answer", *need))
     assert [row.where for row in kept] == [f"rows.{kind} row {i}" for i in (0, len(reasons) + 1)]
     for i, (problem, reason) in enumerate(zip(problems, reasons, strict=True), 1):
         assert problem.startswith(f"rows.{kind} row {i}: ") and reason in problem and len(problem) < 600
@@ -689,15 +680,13 @@ def test_a_data_file_is_read_or_says_why_not(kind, content, expected, tmp_path):
     assert found == expected if isinstance(expected, list) else expected in found
 
 
-def test_json_and_jsonl_give_the_same_rows_with_pictures_from_the_image_root(tmp_path):
-    picture(tmp_path / "a.png"), (tmp_path / "own").mkdir()
-    rows = [ROW, {**ROW, "qid": 2, "answer": 1, "problem": "q", "choices": ["red", "blue"]}]
-    paths = [write_rows(tmp_path / "own" / f"rows.{kind}", *rows) for kind in ("json", "jsonl")]
-    (one, two), lines = [data.load_rows(path, str(tmp_path))[0] for path in paths]
-    assert lines == [replace(row, where=row.where.replace("json", "jsonl")) for row in (one, two)]
-    assert [one.raw, two.raw] == rows and one.images == [str(tmp_path / "a.png")]
-    assert (one.qid, one.answer, two.qid, two.answer) == ("1", "3", "2", "B")  # an index of an option
-    assert two.problem == "q\nOptions:\nA. red\nB. blue"
+def test_a_row_resolves_its_pictures_and_options_and_keeps_its_raw_form(tmp_path):
+    (tmp_path / "own").mkdir()
+    raw = {**ROW, "qid": 2, "answer": 1, "problem": "q", "choices": ["red", "blue"]}  # an index of an option
+    path, image = write_rows(tmp_path / "own" / "rows.jsonl", raw), picture(tmp_path / "a.png")
+    shown, choices = "q\nOptions:\nA. red\nB. blue", raw["choices"]
+    expected = Row("rows.jsonl row 0", "2", shown, "B", [image], ["red dot"], choices, raw=raw)
+    assert data.load_rows(path, image_root=str(tmp_path)) == ([expected], [])
 
 
 def test_image_marks_place_the_pictures_and_all_stages_ask_in_the_same_words(tmp_path):
@@ -754,9 +743,7 @@ def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path_and_predictions_go
 
 
 BMP, RED, GRAY, WHITE = saved("RGB", kind="BMP"), (255, 0, 0), (128, 128, 128), (255, 255, 255)
-claimed = lambda side: (
-    BMP[:18] + side.to_bytes(4, "little") * 2 + BMP[26:]
-)  # 8 x 6 pixels that say: side x side
+claimed = lambda side: BMP[:18] + side.to_bytes(4, "little") * 2 + BMP[26:]  # but has 8 x 6 pixels
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 6), "blue")]}
 PICTURES = [  # content; the color that it has, or the message
     (claimed(9), "image file is truncated"), (claimed(30_000), "Image size (900000000 pixels) exceeds limit"),
@@ -774,19 +761,17 @@ PICTURES = [  # content; the color that it has, or the message
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_is_read_as_people_see_it_or_says_why_not(content, expected, tmp_path):
     (tmp_path / "a").write_bytes(content)
+    refused = pytest.raises(DataError, match=f"^picture .* is not readable .*{re.escape(str(expected))}")
     for path in str(tmp_path / "a"), "data:image/x;base64," + base64.b64encode(content).decode():
-        if isinstance(expected, tuple):
+        with nullcontext() if isinstance(expected, tuple) else refused:
             image = data.load_image(path, 10**6)
             assert image.mode == "RGB" and image.getcolors() == [(image.width * image.height, expected)]
-        else:
-            with pytest.raises(DataError, match="^picture .* is not readable .*" + re.escape(expected)):
-                data.load_image(path, 10**6)
 
 
 def test_pictures_are_turned_and_brought_into_the_pixel_limits(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, to be shown turned by 90 degrees
-    for side, limit, shown in ((100, 10**6, (100, 400)), (100, 10**4, (50, 200)), (1, 10**6, (12, 48))):
+    for side, limit, shown in (100, 10**6, (100, 400)), (100, 10**4, (50, 200)), (1, 10**6, (12, 48)):
         (tmp_path / "a").write_bytes(saved("RGB", 0, "JPEG", (4 * side, side), exif=exif))
         assert data.load_image(str(tmp_path / "a"), limit).size == shown
 
@@ -814,7 +799,7 @@ def test_random_input_ends_in_data_errors_and_nothing_else(tmp_path):
     picture(tmp_path / "a.png")
     blobs = [saved("P", 1), saved("CMYK", kind="JPEG"), saved("P", 1, "GIF"), saved("RGBA", kind="WEBP")]
     columns = {"index": "1", "question": "q", "answer": "A", "image_path": "a.png", "options": ["x", "y"]}
-    needs, accepted = [(), ("answer", "key_words"), ("response",)], 0
+    record, accepted = {"extracted": ["3"], "responses": ["3"]}, 0
     for i in range(200):
         rng, path = random.Random(i), tmp_path / f"rows.{('json', 'jsonl', 'tsv')[i % 3]}"
         (tmp_path / "file").write_bytes(mutated(rng, blobs[i % 4]))
@@ -826,12 +811,12 @@ def test_random_input_ends_in_data_errors_and_nothing_else(tmp_path):
         if rng.random() < 0.5:
             path.write_bytes(mutated(rng, path.read_bytes()))
         with suppress(DataError):
-            for row in data.load_rows(str(path), need=rng.choice(needs))[0]:
+            for row in data.load_rows(
+                str(path), need=rng.choice([(), ("answer", "key_words"), ("response",)])
+            )[0]:
                 accepted += 1  # and can be asked and written
                 data.chat_messages(row, data.INSTRUCTION)
-                data.write_tsv_predictions(
-                    f"{tmp_path}/out", [row], [{"extracted": ["3"], "responses": ["3"]}]
-                )
+                data.write_tsv_predictions(f"{tmp_path}/out", [row], [record])
     assert 20 < accepted < 200
 
 
@@ -841,13 +826,12 @@ def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_ofte
     said = [data.toy_response(question, toy) for question in asked]
     assert share(question.about in data.SHAPES for question in asked) == pytest.approx(0.1, abs=0.03)
     assert share("leave out" not in text for text in said) == pytest.approx(0.55, abs=0.04)
-    things = [
-        (thing, text.split("###")[1]) for question, text in zip(asked, said) for thing in question.scene
-    ]
-    seen = [(shape, f"{color} {shape} at {place}" in text) for (color, shape, place), text in things]
-    triangles = [right for shape, right in seen if shape == "triangle"]
-    assert share(triangles) == pytest.approx(0.25, abs=0.04) and len(triangles) > 1000
-    assert all(right for shape, right in seen if shape != "triangle")
+    seen = {"circle": [], "square": [], "triangle": []}
+    for question, text in zip(asked, said):
+        for color, shape, place in question.scene:
+            seen[shape].append(f"{color} {shape} at {place}" in text.split("###")[1])
+    assert share(seen["triangle"]) == pytest.approx(0.25, abs=0.04)
+    assert all(seen["circle"] + seen["square"])
 
 
 def test_the_toy_world_follows_from_its_seed_and_is_made_once(toy, tmp_path):
