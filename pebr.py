@@ -1500,28 +1500,22 @@ PINNED = ("seed", "from_model", "from_data", "group_size", "temperature", "top_p
 def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
     folder = Path(cfg.run_dir, cfg.stage)
-    others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
-    again = cfg.stage in ("evaluate", "dryrun")  # never done: later stages bring more models
-    begun = folder / "settings.json"
-    then = json.loads(begun.read_text()) if begun.is_file() else {}
-    name_of = lambda value: Path(str(value)).name  # a run folder may be moved
-    changed = [
-        n for n, v in asdict(cfg).items() if name_of(then.get(n, v)) != name_of(v) and n != "overwrite"
-    ]
     if (folder / "done").is_file():
-        had = "".join(f", with --{name} {then[name]}" for name in changed if name != "run_dir")
-        return accelerator.print(f"{folder} is done{had}; --overwrite redoes it", flush=True)
-    for name in [] if again else set(changed) & set(PINNED):
-        raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
+        flags = "the flags in its settings.json"
+        return accelerator.print(f"{folder} is done, with {flags}; --overwrite redoes it", flush=True)
+    lasting = cfg.stage not in ("evaluate", "dryrun")  # these are never done: later stages bring more models
+    begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
+    then = json.loads(begun.read_text()) if lasting and begun.is_file() else asdict(cfg)
+    for name in PINNED:
+        if name_of(then[name]) != name_of(getattr(cfg, name)):
+            raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
     accelerator.print(f"\n=== {folder}", flush=True)
-    accelerator.wait_for_everyone()
     write_text(begun, json.dumps(asdict(cfg), indent=1))
-    accelerator.wait_for_everyone()
+    others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
     if trained := others.get(cfg.stage, train_grpo)(cfg, folder):
         save_policy(*trained, folder)
         trained = None  # for free_memory below
-    accelerator.wait_for_everyone()
-    if not again:
+    if lasting:
         write_text(folder / "done", "")
     if accelerator.is_main_process:
         for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:

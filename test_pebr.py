@@ -34,7 +34,8 @@ import timeit
 from xml.etree import ElementTree
 import zlib
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 import open_clip
 from PIL import Image, ImageDraw
 import psutil
@@ -159,8 +160,10 @@ def test_keyword_reward_is_the_share_of_whole_words_named(description, key_words
 def test_parts_that_do_not_apply_are_left_out_and_length_pays_up_to_512_tokens(toy):
     scorer = rewards.ClipScorer(f"local-dir:{toy / 'clip'}", lo=-1.0, hi=2.0)
     image = Image.open(toy / "images" / "train0.png").convert("RGB")
-    rows = [Row("", "1", "q", "2", [], ["red dot"]), Row("", "2", "q", "3", ["x"], [])]
-    blind, wordless = rewards.score_parts(rows, [[], [image]], [GOOD, GOOD], [512, 1024], scorer)
+    asked = pebr.Prompt(Row("", "1", "q", "2", [], ["red dot"]), [], {})
+    seen = pebr.Prompt(Row("", "2", "q", "3", ["x"], []), [image], {})
+    rollouts = Rollout(asked, torch.zeros(512), GOOD), Rollout(seen, torch.zeros(1024), GOOD)
+    blind, wordless = rewards.score_parts(rollouts, scorer)
     assert blind == {"accuracy": 1, "format": 1, "length": 1, "keyword": 1}
     [cosine] = scorer.cosines([[image]], [SEEN])
     # the CLIP reward: from -1 to 2 is a scale of 3
@@ -318,7 +321,8 @@ HACKS |= {f"answer {answer}": (instead("is: 7 cm", f"is: {answer}"), 4, 1, 0) fo
 
 def earnings(response: str) -> list[float]:
     """Of stage 1 without CLIP's 0.4, and of stage 2. A word counts as a token."""
-    [parts] = rewards.score_parts([HACK_ROW], [[]], [response], [len(response.split())], None)
+    prompt = pebr.Prompt(HACK_ROW, [], {})
+    [parts] = rewards.score_parts([Rollout(prompt, response.split(), response)], None)
     stages = rewards.STAGE_REWARDS["perception"] | {"clip": 0}, rewards.STAGE_REWARDS["reasoning"]
     return [rewards.total_reward({"clip": 0} | parts, weights, "") for weights in stages]
 
@@ -896,7 +900,7 @@ def grpo_step(policy, rollouts, cfg, reference=None):
     named = lambda: ((n, p.grad) for n, p in policy.model.named_parameters() if p.grad is not None)
     given = dict(load_policy=policy, load_reference=reference, grpo_rows=rows, generate_rollouts=rollouts)
     rewards = zip(itertools.cycle([1.0, 0.0, 0.5]), rollouts)
-    given["score_rollouts"] = [{"accuracy": reward, "format": 0.0} for reward, _ in rewards]
+    given["score_parts"] = [{"accuracy": reward, "format": 0.0} for reward, _ in rewards]
     cfg = replace(cfg, stage="reasoning", batch_size=len(rows), grad_clip_norm=1e9, max_steps=1)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(torch.optim.AdamW, "step", lambda *_: gradients.update(named()))
@@ -1313,7 +1317,7 @@ def test_a_pretended_device_gives_the_cpus_values(fast, again, precision, rel, a
                 with pytest.raises(RuntimeError, match="on the device and on the CPU meet"):
                     torch.arange(3.0, device=DEVICE) + torch.ones(3)
             patch.setattr(pebr, "checked_rows", lambda *args: sft if "response" in args[3] else rows)
-            patch.setattr(pebr, "score_rollouts", score)
+            patch.setattr(pebr, "score_parts", score)
             patch.setitem(pebr.STAGE_REWARDS, "perception", {"x": 1.0})
             patch.setattr(Accelerator, "prepare", prepare)
             for stage, train in (("warmup", pebr.warmup), ("perception", pebr.train_grpo)):
@@ -1343,14 +1347,14 @@ def words(*argv):
 @contextmanager
 def spread_rewards(module=pebr, levels=5):
     """A part of the reward follows from the text: so small a model earns nothing else and would not move."""
-    score = module.score_rollouts
+    score = module.score_parts
 
     def spread(rollouts, *how):
         earned = [zlib.crc32(r.text.encode()) % levels / (levels - 1) for r in rollouts]
         return [part | {"format": reward} for part, reward in zip(score(rollouts, *how), earned)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "score_rollouts", spread)
+        patch.setattr(module, "score_parts", spread)
         yield
 
 
@@ -1450,8 +1454,7 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         (f"--stage perception --model x --sft_data {toy}/sft.json", "--stage sample needs --train_data"),
         ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
         ("--seed 5", "was made with --seed 0 "),
-        ("--toy_shapes 0.1,0.5", "a list is for --stage ablation"),
-        ("--stage ablation --toy_shapes 0.1,half", "--toy_shapes 0.1,half: must be from 0 to 1"),
+        ("--toy_shapes 0.5", "was made with --seed 0 --toy_shapes 0.1"),
         ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be at least 1"),
         ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
     ]
@@ -1513,9 +1516,11 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
         moved = {n for n in after if (after[n] - before[n]).abs().max() > 5e-5}  # not by weight decay alone
         assert any("visual" in name for name in moved) and "lm_head.weight" in moved
     samples = read_lines(toy_run / "perception" / "samples.jsonl")
-    assert len(samples) == 2 * 4 * 2  # steps x questions x G
-    assert {"qid", "completion", "truncated", "reward", "parts", "advantage"} <= samples[0].keys()
-    assert samples[0]["parts"].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
+    assert len(samples) == 2 * 4  # steps x questions
+    lists = ("responses", "tokens", "truncated", "parts", "rewards", "advantages")
+    assert {len(samples[0][name]) for name in lists} == {2}  # G
+    parts = {"clip", "cosine", "keyword", "format", "length", "accuracy"}
+    assert samples[0]["parts"][0].keys() == parts
     named = words("base warmup perception reasoning greedy sampled interval pass@2")
     assert set(named) <= set(words((toy_run / "evaluate" / "test" / "table.txt").read_text()))
 
@@ -1525,7 +1530,7 @@ def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(to
     flags, made = small("perception", toy_run), run_dir / "perception"
     first = files_of(toy_run / "perception")
     run(run_dir, flags, "--temperature 1.0")
-    assert "perception is done, with --temperature 1.2; --overwrite redoes it" in capsys.readouterr().out
+    assert "perception is done, with the flags in its settings.json; --overwrite" in capsys.readouterr().out
     assert files_of(made) == first and (run_dir / "evaluate").exists()
     run(run_dir, flags, "--temperature 1.0 --overwrite")
     assert files_of(made)["metrics.jsonl"] != first["metrics.jsonl"]
@@ -1585,7 +1590,7 @@ def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
     measured = json.loads(capsys.readouterr().out.split("DRYRUN ")[1].split("\n")[0])
     assert min(measured[name] for name in ("rollout_s", "update_s", "tokens_per_s", "peak_gib")) > 0
     samples = read_lines(run_dir / "dryrun" / "samples.jsonl")
-    assert {s["tokens"] for s in samples} == {9} and all(s["truncated"] for s in samples)
+    assert all(set(s["tokens"]) == {9} and all(s["truncated"]) for s in samples)
     assert measured["rl_hours"] >= 0 and not (run_dir / "dryrun" / "model.safetensors").exists()
 
 
@@ -1705,7 +1710,7 @@ def test_interrupted_sampling_goes_on_to_the_lines_of_a_whole_run(toy, toy_run, 
     path.with_name("done").unlink()
     path.write_bytes(whole[: len(whole) // 2])  # with a torn last line
     run(tmp_path / "run", f"--stage sample {SMALL} --generate_batch_size 4")
-    assert path.read_bytes() == whole and {len(record["scores"]) for record in read_lines(path)} == {2}
+    assert path.read_bytes() == whole and {len(record["parts"]) for record in read_lines(path)} == {2}
     [[[qids]]] = sent  # other processes need to know which questions are done, and not the answers
     assert qids and set(qids) < {row["qid"] for row in read_json(toy / "train.json")}
 
@@ -1799,8 +1804,18 @@ def train(*argv):
     """pebr.py with rewards that are not all the same; says what accelerate has made of the policy."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
-    save = pebr.save_policy
+    save, start = pebr.save_policy, pebr.start_accelerator
     pebr.save_policy = lambda *args: print("saves", type(args[1])) or save(*args)
+
+    def start_accelerator(cfg):
+        started = start(cfg)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():  # made it DDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            started.state.distributed_type = DistributedType.FSDP
+            started.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        return started
+
+    pebr.start_accelerator = start_accelerator
     with spread_rewards(levels=2):
         pebr.main(list(argv))
 
@@ -1826,10 +1841,12 @@ def test_two_processes_make_the_updates_of_one_by_ddp_and_by_fsdp2(toy, toy_run,
     model, start = toy_run / "warmup", weights_of(toy_run / "warmup")
     (expected, metrics, samples), *others = (three_updates(w, model, toy, tmp_path / w) for w in LAUNCHERS)
     assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-4
-    assert len({s["tokens"] for s in samples}) > 3 and 0 < sum(m["tied_groups"] for m in metrics) < 3
+    assert (
+        len({n for s in samples for n in s["tokens"]}) > 3 and 0 < sum(m["tied_groups"] for m in metrics) < 3
+    )
     for weights, *logs in others:
         assert max((weights[name] - expected[name]).abs().max() for name in expected) < 1e-5
-        assert [s["completion"] for s in logs[1]] == [s["completion"] for s in samples]
+        assert [s["responses"] for s in logs[1]] == [s["responses"] for s in samples]
         for a, b in zip(logs[0], metrics, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -1909,8 +1926,8 @@ def with_trl(folder, steps, length):
 
 def with_pebr(folder, steps, length):
     """Ours, the reasoning stage from the command line."""
-    clocks, imported, score = [], peak_mib(), pebr.score_rollouts
-    pebr.score_rollouts = lambda *args: clocks.append(time.process_time()) or score(*args)
+    clocks, imported, score = [], peak_mib(), pebr.score_parts
+    pebr.score_parts = lambda *args: clocks.append(time.process_time()) or score(*args)
     flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps {steps}
         --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
         --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
@@ -1948,23 +1965,26 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     for name in ("easy", "medium", "easy_and_medium"):
         shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
     run(tmp_path, f"--stage ablation --ablation_seeds 1 {SMALL}")
-    scores = read_json(folder / "arms.json")["0.1"]
+    scores = read_json(folder / "shapes0.1.json")
     assert list(scores) == ["warmup", "perception", "reasoning", *pebr.ARMS]
     for arm in pebr.ARMS:
         assert read_json(run_dir / arm / "settings.json")["from_model"] == f"{run_dir}/warmup"
         assert len(read_lines(run_dir / arm / "metrics.jsonl")) == 2 + 2
         theirs = read_json(run_dir / "evaluate" / "test" / arm / "scores.json")
-        assert scores[arm][0]["greedy recall"] == theirs["greedy"]["keyword"]
-    mixed = {"clip": 0.2, "keyword": 0.2, "accuracy": 0.45, "format": 0.1, "length": 0.05}
-    assert pebr.STAGE_REWARDS["mixed"] == pytest.approx(mixed)
-    table = (folder / "arms.txt").read_text()
-    assert "two - reasoning" in table and f"{scores['mixed'][0]['greedy recall']:.3f} ± 0.000" in table
-    shares = pebr.gap_panels({"0.1": scores, "0.5": scores})
+        assert scores[arm][0]["greedy keyword"] == theirs["greedy"]["keyword"]
+    see, reason, mixed = (pebr.STAGE_REWARDS[name] for name in ("perception", "reasoning", "mixed"))
+    half = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
+    assert mixed == pytest.approx(half)
+    table = (folder / "table.txt").read_text()
+    assert "two - reasoning" in table and f"{scores['mixed'][0]['greedy keyword']:.3f} ± 0.000" in table
+    shares = pebr.gap_panel({0.1: scores, 0.5: scores})
     figures = (folder / "arms.svg").read_text(), pebr.svg_figure(shares)
     lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
     assert lines == [3 * 4, 3]  # panels x arms; measures
-    own = {model: [{"greedy accuracy": 0.5, "greedy recall": 0.5}] for model in scores}  # no toy's categories
-    assert len(pebr.step_panels(own, 1, 1)) == 2 and "triangle" not in pebr.ablation_table("0.1", own)
+    own = {
+        model: [{"greedy accuracy": 0.5, "greedy keyword": 0.5}] for model in scores
+    }  # no toy's categories
+    assert len(pebr.step_panels(own, 1, 1)) == 2 and "triangle" not in pebr.ablation_table(own)
 
 
 HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="javascript:0">"""
