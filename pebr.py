@@ -29,7 +29,7 @@ Where this departs from the paper's released code (the README gives the reasons)
 [11] A prompt goes through the model once per group, in rollouts and in updates; theirs repeats it.
 [12] The instruction is worded anew and is the same in all stages; --prompt_file takes theirs.
 [13] From a step's second update on, the sampler's log-probs are the old ones; theirs runs one more forward.
-[14] The grader is our own; theirs, mathruler, disagrees with a person on a third of clear pairs.
+[14] The grader is our own; theirs, mathruler, contradicts a person on 80 of the tests' 175 clear pairs.
 Kept as theirs, though open to doubt: log-probs ignore top-p 0.99 (and here the ban on image tokens), so
 rollouts come from a slightly narrower distribution than the one that is scored.
 """
