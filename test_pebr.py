@@ -863,7 +863,7 @@ def test_advantages_use_the_unbiased_std_and_are_exactly_zero_in_a_tied_group():
 def test_k3_is_never_negative_clamped_as_in_the_authors_code_and_added_with_its_coefficient():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pebr.k3_kl(x, x), torch.zeros(1000)) and (pebr.k3_kl(x, x.roll(1)) >= 0).all()
-    d = torch.tensor([8.0, 2.0, -8.0, -40.0], requires_grad=True)  # reference - policy
+    d = torch.tensor([8.0, 2.0, -8.0, 100.0], requires_grad=True)  # reference - policy; exp(100) is inf
     kl = pebr.k3_kl(torch.zeros(4), d)
     assert kl.tolist() == pytest.approx([10.0, math.exp(2) - 3, math.exp(-8) + 7, 10.0])
     assert torch.autograd.grad(kl.sum(), d)[0].ne(0).tolist() == [False, True, True, False]
@@ -880,6 +880,7 @@ RATIOS = [
     (1.4, -1.0, 1.4, ""),  # a bad token that has become likely is pushed back
     (5.0, -1.0, 3.0, "clipped_dual"),
     (5.0, 1.0, -1.3, "clipped_high"),  # dual clip is for negative advantages only
+    (1e43, -1.0, 3.0, "clipped_dual"),  # infinite in float32, which must not make the gradient NaN
 ]
 
 
