@@ -13,7 +13,7 @@ and for the warm-up, sharegpt rows:
 `<image>` marks the place of a picture; without marks the pictures come first. Paths are relative to
 --image_root (default: the data file's folder) and must stay inside it; a picture may also be a data URI in
 base64. A row may list "choices" (["3", "4"]): the prompt shows them as options A, B, ..., and the answer is a
-letter or a text. Benchmarks are read from VLMEvalKit's TSV files.
+letter, a text or an index. Benchmarks are read from VLMEvalKit's TSV files.
 
 Data files and pictures are untrusted: nothing here evaluates or unpickles them; a complaint is a DataError.
 """
@@ -357,7 +357,7 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 
 # ============================================================================================================
 # The toy world. A reader of the paper can stop here.
-# Coloured shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files
+# Colored shapes on a grid; count them, or count the rest. It is written to disk once: pictures, data files
 # as above, a Hugging Face model folder, an open_clip folder. From then on only paths matter: the toy takes
 # the same road as Qwen2.5-VL and FG-CLIP. What lets the method show its effect:
 #   - The teacher sees wrong, always in the same way: 3 of 4 triangles are squares to it. Its student's greedy

@@ -6,7 +6,7 @@ Two-stage reinforcement learning for vision-language models: first learn to see,
     accelerate launch pebr.py --stage sample        # 8 rollouts a question -> easy / medium / hard
     accelerate launch pebr.py --stage perception    # GRPO on easy questions, CLIP and keyword rewards
     accelerate launch pebr.py --stage reasoning     # GRPO on medium questions, accuracy reward
-    accelerate launch pebr.py --stage evaluate      # every model of the run, one table
+    accelerate launch pebr.py --stage evaluate      # every model that the run has, one table
     accelerate launch pebr.py --stage all           # the five in a row
     accelerate launch pebr.py --stage ablation      # two stages against one, at equal steps, on several seeds
     accelerate launch pebr.py --stage dryrun        # two GRPO steps at full length: memory, seconds, hours
@@ -26,7 +26,7 @@ Where this departs from the paper's released code (the README gives the reasons)
  [8] A group without spread has advantage exactly 0, not rounding noise over epsilon. It keeps its KL term.
  [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops it.
 [10] --max_length holds at the RL stages' pixel limit; sampling's larger pictures may exceed it.
-[11] A prompt goes through the model once per group, in rollouts and in updates; theirs repeats it.
+[11] A prompt goes through the model once per group (in updates: and micro-batch); theirs repeats it.
 [12] The instruction is worded anew and is the same in all stages; --prompt_file takes theirs.
 [13] From a step's second update on, the sampler's log-probs are the old ones; theirs runs one more forward.
 [14] The grader is our own; theirs, mathruler, contradicts a person on 80 of the tests' 175 clear pairs.
@@ -97,7 +97,7 @@ class Config:
     stage: str = option("all", "one of the stages, all, ablation or dryrun")
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
     seed: int = option(0, "everything random follows from it")
-    overwrite: bool = option(False, "redo the stage; also discards later stages")
+    overwrite: bool = option(False, "redo the stage; discards later stages, too")
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints to resume from; 0 = every step")
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
@@ -108,7 +108,7 @@ class Config:
     prompt_file: str = option("", "instruction, with {question} in it; empty: data.INSTRUCTION")
     skip_bad_rows: bool = option(False, "drop and count broken rows instead of stopping")
     max_pixels: int = option(802_816, "larger pictures are reduced to this area (sampling: 5.2 times it)")
-    max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and its response); longer is broken")
+    max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and response); longer is a broken row")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
     # Training. For the stage that --stage names, not for its prerequisites; with all, for every stage.
@@ -717,7 +717,7 @@ def prepare_training(policy: Policy, cfg: Config):
         plugin.cpu_ram_efficient_loading = False  # else only the first process could load a reference model
     # fused: otherwise, on a GPU, each step takes temporary memory of the size of the weights.
     trained = [p for p in policy.parameters() if p.requires_grad]
-    weight_decay = 0.0 if cfg.stage == "warmup" else 0.01  # as the paper's code has them
+    weight_decay = 0.0 if cfg.stage == "warmup" else 0.01  # as in the paper's code
     optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=weight_decay, fused=True)
     model, optimizer = accelerator.prepare(policy, optimizer)
     register_fsdp_forward_method(model, "generate")
@@ -1000,7 +1000,7 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
             example = encode_example(policy, row, cfg)
         except DataError as error:
             return str(error)
-        length = example.prompt.inputs["input_ids"].shape[1] + len(example.tokens) * bool(row.response)
+        length = example.prompt.inputs["input_ids"].shape[1] + len(example.tokens) * (cfg.stage == "warmup")
         return f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
 
     if policy:
@@ -1082,7 +1082,8 @@ def load_reference(model_path: str, cfg: Config) -> Policy | None:
 
 def load_clip(cfg: Config) -> ClipScorer | None:
     """The CLIP model, next to the policy; None if the stage has no use for it."""
-    if not cfg.clip_model or "clip" not in STAGE_REWARDS.get(cfg.stage, ["clip"] * (cfg.stage == "evaluate")):
+    in_use = cfg.stage == "evaluate" or "clip" in STAGE_REWARDS.get(cfg.stage, ())
+    if not (cfg.clip_model and in_use):
         return None
     with accelerator.local_main_process_first():  # it downloads, the others find that done
         return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
@@ -1108,10 +1109,8 @@ def answer_records(rollouts: list[Rollout], n: int, **scores: list) -> list[dict
 
 def rollout_metrics(records: list[dict]) -> dict[str, float]:
     """Means over a step's rollouts."""
-    names = ("rewards", "truncated", "tokens")
-    rewards, truncated, tokens = (
-        torch.tensor([r[name] for r in records]).float() for name in names
-    )  # (P, G)
+    table = lambda name: torch.tensor([record[name] for record in records]).float()  # (P, G)
+    rewards, truncated, tokens = map(table, ("rewards", "truncated", "tokens"))
     metrics = {"reward": rewards.mean(), "reward_std": rewards.std(dim=1).mean()}
     metrics |= {"tied_groups": is_tied(rewards).float().mean(), "truncated": truncated.mean()}
     metrics |= {"tokens": tokens.sum(), "length_tokens": tokens.mean()}
@@ -1227,7 +1226,7 @@ def write_text(path: Path, text: str) -> None:
 
 def dryrun(cfg: Config, folder: Path) -> None:
     """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
-    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of RL on --train_data."""
+    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of an epoch of --train_data."""
     side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
     if accelerator.is_main_process:
         Image.effect_noise((side, side), 100).save(picture)
@@ -1242,7 +1241,7 @@ def dryrun(cfg: Config, folder: Path) -> None:
     for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
         seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
         rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
-        timing["rl_hours"] = round(rows * cfg.epochs / cfg.batch_size * seconds / 3600, 2)
+        timing["rl_hours"] = round(rows / cfg.batch_size * seconds / 3600, 2)
         print("DRYRUN " + json.dumps(timing))
 
 
@@ -1270,11 +1269,8 @@ def write_report(run_dir: Path) -> None:
     if accelerator.is_main_process:
         page = [PAGE, *map(evaluation_section, sorted(run_dir.glob("evaluate/*/table.txt")))]
         page += map(difficulty_section, run_dir.glob("sample/summary.json"))
-        page += [
-            training_section(path)
-            for stage in (*ORDER, *ARMS)
-            for path in run_dir.glob(f"{stage}/metrics.jsonl")
-        ]
+        logs = [run_dir / stage / "metrics.jsonl" for stage in (*ORDER, *ARMS)]
+        page += [training_section(log) for log in logs if log.is_file()]
         write_text(run_dir / "report.html", "".join(page).encode("ascii", "xmlcharrefreplace").decode())
 
 
@@ -1316,9 +1312,8 @@ def training_section(path: Path) -> str:
     metrics, cfg = read_jsonl(path), json.loads(path.with_name("settings.json").read_text())
     charts = [chart(name, metrics) for name in (*SHOWN, "tied_groups", "truncated")]
     page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid charts">{"".join(charts)}</div>'
-    rows = rows_by_qid(cfg["train_data"], cfg["image_root"]) | rows_by_qid(
-        cfg["from_data"], cfg["image_root"]
-    )
+    files, root = (cfg["train_data"], cfg["from_data"]), cfg["image_root"]
+    rows = {qid: row for file in files for qid, row in rows_by_qid(file, root).items()}
     records = read_jsonl(path.with_name("samples.jsonl"), tail=2**20)[-16:]
     spread = lambda record: min(record["rewards"]) - max(record["rewards"])
     for record in sorted((r for r in records if r["qid"] in rows), key=spread)[:2]:
@@ -1527,12 +1522,8 @@ def run_stage(cfg: Config) -> None:
 
 def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
-    stage, batch, update, processes = (
-        cfg.stage,
-        cfg.batch_size,
-        cfg.update_batch_size,
-        accelerator.num_processes,
-    )
+    stage, processes = cfg.stage, accelerator.num_processes
+    batch, update = cfg.batch_size, cfg.update_batch_size
     needs = STAGES[stage].get("from_data", "").strip("{}")
     require(cfg.from_data or not needs, f"--stage {stage} needs --{needs}, or --from_data and --from_model")
     needs_clip = "clip" in STAGE_REWARDS.get(stage, ())

@@ -15,6 +15,7 @@ from pathlib import Path
 import random
 from typing import NamedTuple
 import unicodedata
+import warnings
 
 from PIL import Image
 import regex
@@ -55,7 +56,7 @@ def parse_response(text: str) -> Response:
     """Read the sections of the paper's answer format once, in order. [5]
 
     Well formed: every heading once and in order (steps 1, 2, ..); nothing before the first; no empty section
-    but "think"; one line of answer. Otherwise the last answer section counts, with its first line, and the
+    but "think"; one line of answer. In any case the last answer section counts, with its first line, and the
     first description that another heading closes (an unclosed one is none, as in the authors' pattern)."""
     found = list(HEADING.finditer(text))
     names, ends = [match.lastgroup for match in found], [match.start() for match in found[1:]] + [len(text)]
@@ -113,7 +114,7 @@ def keyword_reward(description: str, key_words: list[str]) -> float:
 # ------------------------------------------------------------------------------------------------------------
 # Accuracy: does an answer say what the gold answer says?
 #
-# An answer is untrusted: it never runs as code, `evaluate` computes few operations on bounded numbers, and no
+# An answer is untrusted: it never runs as code, `compute` knows few operations on bounded numbers, and no
 # pattern takes exponential time.
 
 MAX_CHARS, MAX_TOKENS, MAX_BITS, MAX_VALUE = 400, 120, 4000, 10**200
@@ -208,7 +209,7 @@ def tokenize(text: str) -> list[tuple]:
     return tokens
 
 
-def evaluate(text: str, names: dict = PI) -> tuple:
+def compute(text: str, names: dict = PI) -> tuple:
     """(value: Fraction or float, unfinished) of an expression; `names`: their values. Raises NOT_MATH.
     Unfinished: a step between two rational numbers is left to compute, as in 6*7, 3+4 and 84/2; fractions,
     powers and multiples of roots are finished."""
@@ -272,7 +273,7 @@ WITH_UNIT = r"(.*[\d)}π])(\s*)[{(]?((?!π)[°%¤€£¥\p{L}][\p{L} ./*°]{0,40
 
 class Quantity(NamedTuple):
     value: Fraction | float
-    unfinished: bool  # see evaluate
+    unfinished: bool  # see compute
     step: Fraction  # the weight of a decimal's last digit; 0: exact
     unit: str  # in basic units: that of km/h is m/s
     scale: Fraction  # how many basic units it is
@@ -308,7 +309,7 @@ def quantity(text: str) -> Quantity | None:
     decimal = regex.fullmatch(r"[-+]?\s*\d*\.(\d+)(?:e(\d\d?))?", text)
     step = Fraction(10) ** (int(decimal[2] or 0) - len(decimal[1])) if decimal else Fraction(0)
     with suppress(*NOT_MATH):
-        return Quantity(*evaluate(text), step, unit, scale)
+        return Quantity(*compute(text), step, unit, scale)
     return None
 
 
@@ -383,7 +384,7 @@ def relations(text: str) -> set[tuple[str, ...]]:
             numbers = {name: random.Random(f"{name} {i}").randint(-997 * (i > 3), 997) for name in names}
             point = {name: Fraction(number, 101) for name, number in numbers.items()} | PI
             with suppress(*NOT_MATH):  # not defined there
-                values.append(float(evaluate(left, point)[0] - evaluate(right, point)[0]))
+                values.append(float(compute(left, point)[0] - compute(right, point)[0]))
         if len(values) < 3 or not all(values) or len(signs) > 3:
             raise ValueError("hardly defined, always true, or a long chain")
         scale = {"": 1, "=": values[0], "≠": values[0]}.get(sign, abs(values[0]))
@@ -544,7 +545,6 @@ class ClipScorer:
 
     def __init__(self, name: str, device="cpu", lo: float = 0.0, hi: float = 0.4):
         self.device, self.lo, self.hi = device, lo, hi
-        self.cut_texts = 0  # sentences cut off because they are longer than the text tower's context
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         load = load_fg_clip if name.startswith("fg-clip:") else load_open_clip
         try:
@@ -564,7 +564,8 @@ class ClipScorer:
         packed, used, max_chars = [], math.inf, CHARS_PER_TOKEN * self.max_tokens
         for sentence in filter(None, regex.split(r"(?<=[.!?;])\s+|\n+", text)):
             length = len(self.split(sentence[:max_chars])) - self.marks
-            self.cut_texts += length > self.max_tokens or len(sentence) > max_chars
+            if length > self.max_tokens or len(sentence) > max_chars:
+                warnings.warn("CLIP sees only the start of a sentence that is longer than its context")
             if used + length > self.max_tokens:
                 packed.append([])
                 used = 0
