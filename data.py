@@ -102,7 +102,7 @@ def load_rows(path: str, image_root: str = "", need: tuple[str, ...] = ()) -> tu
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not raws:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{path}: no rows; if sampling wrote it, warm up longer or name a --from_data")
     root = os.path.realpath(image_root or os.path.dirname(os.path.abspath(path)))
     rows, problems, seen = [], [], {}
     for i, raw in enumerate(raws):

@@ -1016,7 +1016,7 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
             raise DataError(f"{listed}\n--skip_bad_rows drops them")
         accelerator.print(f"dropped: {listed}")
     if not rows:
-        raise DataError(f"{path}: no usable rows; if sampling wrote it, warm up longer or name a --from_data")
+        raise DataError(f"{path}: no usable rows")
     return rows
 
 
@@ -1500,7 +1500,8 @@ def run_stage(cfg: Config) -> None:
         return accelerator.print(f"{folder} is done, with {flags}; --overwrite redoes it", flush=True)
     lasting = cfg.stage not in ("evaluate", "dryrun")  # these are never done: later stages bring more models
     begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
-    then = json.loads(begun.read_text()) if lasting and begun.is_file() else asdict(cfg)
+    has_work = lasting and any(folder.glob("*.jsonl"))
+    then = json.loads(begun.read_text()) if has_work else asdict(cfg)
     for name in PINNED:
         if name_of(then[name]) != name_of(getattr(cfg, name)):
             raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
@@ -1528,8 +1529,11 @@ def check_config(cfg: Config) -> None:
     require(cfg.from_data or not needs, f"--stage {stage} needs --{needs}, or --from_data and --from_model")
     needs_clip = "clip" in STAGE_REWARDS.get(stage, ())
     require(cfg.clip_model or not needs_clip, f"--stage {stage} needs --clip_model")
-    for name in ("batch_size", "update_batch_size", "micro_batch_size", "generate_batch_size"):
-        require(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be at least 1")
+    least = dict.fromkeys(("batch_size", "update_batch_size", "micro_batch_size", "generate_batch_size"), 1)
+    for name, low in (least | {"epochs": 1, "max_steps": 0, "learning_rate": 0, "eval_samples": 0}).items():
+        require(getattr(cfg, name) >= low, f"--{name} {getattr(cfg, name)}: must be at least {low}")
+    require(cfg.temperature > 0, f"--temperature {cfg.temperature}: must be above 0")
+    require(0 <= cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be from 0 to 1")
     if stage == "warmup":
         rule = f"--batch_size {batch} must be a multiple of the number of processes, {processes}"
         require(batch % processes == 0, rule)
@@ -1576,6 +1580,7 @@ def run(flags: dict) -> None:
 def run_stages(names: list[str], flags: dict) -> None:
     """The named stages and what they need, in their run folder, which is locked meanwhile."""
     cfg = resolve(names[0], flags)
+    require(0 <= cfg.toy_shapes <= 1, f"--toy_shapes {cfg.toy_shapes}: must be from 0 to 1")
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way
@@ -1609,6 +1614,7 @@ def parse_flags(argv: list[str]) -> dict:
     parser.description = __doc__.split("\n\nWhere this departs")[0]
     parser.epilog = "Defaults: the paper's; settings of the stage, of the toy and flags replace them in turn."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "pebr.py --stage STAGE [--FLAG VALUE ...]    (--help lists the flags)"
     for f in fields(Config):
         kind = {"type": f.type, "metavar": f.type.__name__}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind

@@ -1458,6 +1458,8 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         ("--toy_shapes 0.5", "was made with --seed 0 --toy_shapes 0.1"),
         ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be at least 1"),
         ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
+        ("--stage perception --temperature 0", "--temperature 0.0: must be above 0"),
+        ("--toy_shapes 2", "--toy_shapes 2.0: must be from 0 to 1"),
     ]
     run_dir = new_run(toy, tmp_path / "run")
     for argv, reason in table:
@@ -1546,10 +1548,12 @@ def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(to
 def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(pebr.TOY["warmup"], "max_steps", 2)  # a flag would not be for it
     run_dir = new_run(toy, tmp_path / "run")
+    flags = "--stage perception --group_size 2 --max_new_tokens 16 --max_steps 1"
     with pytest.raises(SystemExit, match="easy.json: no rows"):  # the untrained model gets nothing right
-        run(run_dir, "--stage perception --group_size 2 --max_new_tokens 16 --max_steps 1")
+        run(run_dir, flags)
     assert len(read_lines(run_dir / "warmup" / "metrics.jsonl")) == 2
     assert [stage for stage in pebr.ORDER if (run_dir / stage / "done").exists()] == ["warmup", "sample"]
+    run(run_dir, flags, f"--from_data {toy}/train.json")  # what the message says
 
 
 def test_broken_rows_stop_the_run_before_training_or_are_dropped(toy, toy_run, tmp_path, capsys):
