@@ -1416,7 +1416,7 @@ def ablation_table(scores: dict[str, list[dict]]) -> str:
     stds = values.std(1, correction=min(1, seeds - 1))
     for label, *columns in zip([*LABELS.values(), "two - reasoning"], values.mean(1), stds):
         lines.append(f"{label:<19}" + "".join(f"{mean:>10.3f} ± {std:.3f}" for mean, std in zip(*columns)))
-    return "\n".join([*lines, f"held-out questions, {seeds} seeds"])
+    return "\n".join([*lines, f"held-out questions; seeds: {seeds}"])
 
 
 def step_panels(scores: dict[str, list[dict]], seeing: int, reasoning: int) -> dict[str, dict]:
