@@ -36,7 +36,6 @@ import zlib
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-import open_clip
 from PIL import Image, ImageDraw
 import psutil
 import pytest
@@ -384,16 +383,18 @@ def noise_pictures(count, size=(48, 40)):
     return [Image.frombytes("RGB", (4, 3), colors).resize(size, Image.BILINEAR) for colors in noise]
 
 
-def clip_folder(folder, config=SMALL_CLIP, kind=open_clip.CLIP, **text_cfg):
+def clip_folder(folder, config=SMALL_CLIP, kind="CLIP", **text_cfg):
     """An open_clip folder with random weights, large enough ones that every token counts."""
+    import open_clip  # here and below: `trl` measures memory, and this takes 50 MiB
+
     config = config | {"text_cfg": config["text_cfg"] | text_cfg}
     torch.manual_seed(0)
-    model = kind(**config)
+    model = getattr(open_clip, kind)(**config)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
     folder.mkdir(exist_ok=True)
     save_file({name: w.contiguous() for name, w in model.state_dict().items()}, folder / CLIP_WEIGHTS)
-    config["custom_text"] = kind is open_clip.CustomTextCLIP
+    config["custom_text"] = kind == "CustomTextCLIP"
     (folder / CLIP_JSON).write_text(json.dumps({"model_cfg": config}))
     return f"local-dir:{folder}"
 
@@ -411,7 +412,7 @@ def one_call_each(scorer, lists, texts):
 
 @pytest.mark.parametrize("siglip", [False, True])
 def test_clip_scores_a_batch_as_open_clip_scores_one_by_one(siglip, tmp_path, monkeypatch):
-    as_siglip = {"kind": open_clip.CustomTextCLIP, "no_causal_mask": True, "pool_type": "last"}
+    as_siglip = {"kind": "CustomTextCLIP", "no_causal_mask": True, "pool_type": "last"}
     scorer = rewards.ClipScorer(clip_folder(tmp_path, **(as_siglip if siglip else {})))
     a, b, c = noise_pictures(3)
     long = "One blue square is left of 2 triangles. " * 10  # three windows of 40 tokens, two of them alike
@@ -507,6 +508,8 @@ def fg_clip_checkpoint(folder, patch, image):
 @torch.no_grad()
 def fg_clip_cosine(model, image, text):
     """As FG-CLIP's authors compute it: the picture squashed to a square, 248 tokens padded with end marks."""
+    import open_clip
+
     side = model.config.vision_config.image_size
     square = image.resize((side, side), Image.BICUBIC)
     pixels = hf.CLIPImageProcessor(do_resize=False, do_center_crop=False)(square, return_tensors="pt")
@@ -537,7 +540,7 @@ def bench_clip() -> None:
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
     toy, large = folders = [Path(tempfile.mkdtemp(), name) for name in ("toy CLIP", "ViT-B-32")]
     data.build_toy_clip(toy, 0, TINY)
-    clip_folder(large, open_clip.get_model_config("ViT-B-32"))
+    clip_folder(large, importlib.import_module("open_clip").get_model_config("ViT-B-32"))
     print("| CLIP | one call each | batched | largest difference |\n|---|---|---|---|")
     for folder in folders:
         scorer = rewards.ClipScorer(f"local-dir:{folder}")
