@@ -366,8 +366,8 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 #     forgets, and half of the samples do not: medium questions. Questions about colors only are easy.
 #   - 1 RL question of 10 asks for a shape, 6 held-out questions of 10 do: the answer's reward alone is a bad
 #     teacher of shapes. --toy_shapes sets this share.
-#   - Prices are not in the warm-up at all: hard questions. 2,000 RL questions: a stage asks one once or twice,
-#     so none is learned by heart. 1,000 held-out questions: a standard error of 1.5 points.
+#   - Prices are not in the warm-up at all: hard questions. 2,000 RL questions: a stage asks one once or
+#     twice, so none is learned by heart. 1,000 held-out questions: a standard error of 1.5 points.
 # ============================================================================================================
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}

@@ -1226,7 +1226,7 @@ def write_text(path: Path, text: str) -> None:
 
 def dryrun(cfg: Config, folder: Path) -> None:
     """Two GRPO steps at full length, measured: a picture of --max_pixels in a prompt of --max_length tokens,
-    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours of an epoch of --train_data."""
+    responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours per epoch of --train_data."""
     side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
     if accelerator.is_main_process:
         Image.effect_noise((side, side), 100).save(picture)
@@ -1361,15 +1361,16 @@ MISPERCEIVED = "triangle, square"  # the toy's questions that hang on what its t
 
 
 def ablation(flags: dict) -> None:
-    """Run the arms for each seed, in run folders of their own; write their scores, a table and arms.svg.
+    """Run the arms for each seed, in run folders of their own; write their scores, a table and a figure.
 
     After runs with several --toy_shapes, shares.svg shows for which of them it pays to see first.
     """
     cfg = resolve("evaluate", flags)
     require(cfg.ablation_seeds > 0, f"--ablation_seeds {cfg.ablation_seeds}: must be at least 1")
-    folder, scores = Path(cfg.run_dir, "ablation"), {model: [] for model in LABELS}
+    folder, name = Path(cfg.run_dir, "ablation"), f"shapes{cfg.toy_shapes}"
+    scores = {model: [] for model in LABELS}
     for seed in tqdm(range(cfg.ablation_seeds), desc="ablation"):
-        run_dir = folder / f"shapes{cfg.toy_shapes}_seed{seed}"
+        run_dir = folder / f"{name}_seed{seed}"
         own = flags | {"run_dir": str(run_dir), "seed": seed}
         run_stages(ORDER[:-1], own)
         logs = [run_dir / stage / "metrics.jsonl" for stage in ("perception", "reasoning")]
@@ -1378,14 +1379,14 @@ def ablation(flags: dict) -> None:
         for model in scores if accelerator.is_main_process else []:
             scores[model].append(held_out(run_dir, model))
     if accelerator.is_main_process:
-        write_text(folder / f"shapes{cfg.toy_shapes}.json", json.dumps(scores, indent=1))
-        write_text(folder / "arms.svg", svg_figure(step_panels(scores, *steps)))
+        write_text(folder / f"{name}.json", json.dumps(scores, indent=1))
+        write_text(folder / f"{name}.svg", svg_figure(step_panels(scores, *steps)))
         shares = {float(path.stem[6:]): json.loads(path.read_text()) for path in folder.glob("shapes*.json")}
         if len(shares) > 1:
             write_text(folder / "shares.svg", svg_figure(gap_panel(shares)))
         table = ablation_table(scores)
-        write_text(folder / "table.txt", table + "\n")
-        print(f"\n{table}\n\n{folder}/arms.svg shows it")
+        write_text(folder / f"{name}.txt", table + "\n")
+        print(f"\n{table}\n\n{folder}/{name}.svg shows it")
 
 
 def held_out(run_dir: Path, model: str) -> dict[str, float]:

@@ -436,7 +436,8 @@ def test_windows_fit_any_tokenizer_read_each_sentence_once_and_an_endless_word_i
     assert sum(read) <= len(text) and " ".join(windows) == text.strip()
     assert len(windows) == 67  # 10 tokens a sentence, 38 without the marks: 3 a window
     read.clear()
-    assert len(scorer.windows("x" * 100_000)) == 1 and sum(read) == 16 * 38
+    with pytest.warns(UserWarning, match="only the start of a sentence"):
+        assert len(scorer.windows("x" * 100_000)) == 1 and sum(read) == 16 * 38
     tokenizer = data.toy_processor("a red circle is left of blue square .".split()).tokenizer
     settings = dict(vocab_size=len(tokenizer), pool_type="last", context_length=20)
     name = clip_folder(tmp_path, hf_tokenizer_name="here", **settings)
@@ -1560,6 +1561,13 @@ def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, t
     run(run_dir, flags, f"--from_data {toy}/train.json")  # what the message says
 
 
+def test_a_response_counts_towards_max_length_in_the_warmup_only(policy, cfg, toy):
+    path, cfg = f"{toy}/sft.json", replace(cfg, max_length=40)  # a prompt has about 25 tokens, a response 40
+    assert len(pebr.checked_rows(path, replace(cfg, stage="sample"), policy, ("answer",))) == FEW["sft_rows"]
+    with pytest.raises(DataError, match="tokens, over --max_length"):
+        pebr.checked_rows(path, replace(cfg, stage="warmup"), policy, ("response",))
+
+
 def test_broken_rows_stop_the_run_before_training_or_are_dropped(toy, toy_run, tmp_path, capsys):
     rows, run_dir = read_json(toy / "train.json")[:8], new_run(toy, tmp_path / "run")
     for i, row in enumerate(rows):
@@ -1984,10 +1992,10 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     see, reason, mixed = (pebr.STAGE_REWARDS[name] for name in ("perception", "reasoning", "mixed"))
     half = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
     assert mixed == pytest.approx(half)
-    table = (folder / "table.txt").read_text()
+    table = (folder / "shapes0.1.txt").read_text()
     assert "two - reasoning" in table and f"{scores['mixed'][0]['greedy keyword']:.3f} ± 0.000" in table
     shares = pebr.gap_panel({0.1: scores, 0.5: scores})
-    figures = (folder / "arms.svg").read_text(), pebr.svg_figure(shares)
+    figures = (folder / "shapes0.1.svg").read_text(), pebr.svg_figure(shares)
     lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
     assert lines == [3 * 4, 3]  # panels x arms; measures
     own = {
