@@ -168,7 +168,7 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
     "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=700,
                    freeze_vision=False, max_length=256),
     "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=20),
-    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=50, kl_coef=0.03),
+    "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=50, kl_coef=0.1),
     "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
 }  # fmt: skip
 ORDER = ("warmup", "sample", "perception", "reasoning", "evaluate")
@@ -724,28 +724,6 @@ def prepare_training(policy: Policy, cfg: Config):
     return model.train(), optimizer
 
 
-@contextmanager
-def gathered(policy: Policy):
-    """Inside, FSDP holds all weights whole: decoding needs no exchange, and processes may take different
-    numbers of steps. Without FSDP nothing happens."""
-    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
-            module.set_reshard_after_forward(module is not policy, recurse=False)
-
-
-def sync_at_last(model, is_last: bool):
-    """Context of a micro-batch's forward and backward. DDP exchanges gradients at an update's last one; FSDP
-    at each, or it would hold them whole."""
-    return nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model)
-
-
 def optimizer_step(model, optimizer, sums: Counter, learning_rate: float, cfg: Config) -> dict[str, float]:
     """Clip the gradients, update, reset; a non-finite norm or loss skips the update. Returns the metrics,
     added up over processes. No scheduler: a prepared one would advance once per process."""
@@ -761,11 +739,6 @@ def optimizer_step(model, optimizer, sums: Counter, learning_rate: float, cfg: C
     optimizer.zero_grad(set_to_none=True)
     metrics |= {"grad_norm": float(norm), "skipped_updates": float(not finite)}
     return metrics | {"learning_rate": learning_rate}
-
-
-def everywhere(number: int) -> int:
-    """The sum of a number over all processes."""
-    return int(accelerator.reduce(torch.tensor(number, device=accelerator.device), "sum"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1090,6 +1063,37 @@ def load_clip(cfg: Config) -> ClipScorer | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def everywhere(number: int) -> int:
+    """The sum of a number over all processes."""
+    return int(accelerator.reduce(torch.tensor(number, device=accelerator.device), "sum"))
+
+
+def sync_at_last(model, is_last: bool):
+    """Context of a micro-batch's forward and backward. DDP exchanges gradients at an update's last one; FSDP
+    at each, or it would hold them whole."""
+    return nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(model)
+
+
+@contextmanager
+def gathered(policy: Policy):
+    """Inside, FSDP holds all weights whole: decoding needs no exchange, and processes may take different
+    numbers of steps. Without FSDP nothing happens."""
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Logs and checkpoints
 
 
@@ -1357,6 +1361,7 @@ def evaluation_section(path: Path) -> str:
 
 LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
 LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
+GAP = "two - reasoning"
 MISPERCEIVED = "triangle, square"  # the toy's questions that hang on what its teacher sees wrong
 
 
@@ -1365,10 +1370,9 @@ def ablation(flags: dict) -> None:
 
     After runs with several --toy_shapes, shares.svg shows for which of them it pays to see first.
     """
-    cfg = resolve("evaluate", flags)
+    cfg, seeds = resolve("evaluate", flags), []
     require(cfg.ablation_seeds > 0, f"--ablation_seeds {cfg.ablation_seeds}: must be at least 1")
     folder, name = Path(cfg.run_dir, "ablation"), f"shapes{cfg.toy_shapes}"
-    scores = {model: [] for model in LABELS}
     for seed in tqdm(range(cfg.ablation_seeds), desc="ablation"):
         run_dir = folder / f"{name}_seed{seed}"
         own = flags | {"run_dir": str(run_dir), "seed": seed}
@@ -1376,70 +1380,65 @@ def ablation(flags: dict) -> None:
         logs = [run_dir / stage / "metrics.jsonl" for stage in ("perception", "reasoning")]
         steps = [everywhere(len(read_jsonl(log))) for log in logs]
         run_stages([*ARMS, "evaluate"], own | {"max_steps": sum(steps)})
-        for model in scores if accelerator.is_main_process else []:
-            scores[model].append(held_out(run_dir, model))
+        seeds.append(held_out(run_dir))
     if accelerator.is_main_process:
-        write_text(folder / f"{name}.json", json.dumps(scores, indent=1))
-        write_text(folder / f"{name}.svg", svg_figure(step_panels(scores, *steps)))
+        write_text(folder / f"{name}.json", json.dumps(seeds, indent=1))
+        write_text(folder / f"{name}.svg", svg_figure(step_panels(seeds, *steps)))
         shares = {float(path.stem[6:]): json.loads(path.read_text()) for path in folder.glob("shapes*.json")}
         if len(shares) > 1:
             write_text(folder / "shares.svg", svg_figure(gap_panel(shares)))
-        table = ablation_table(scores)
+        table = ablation_table(seeds)
         write_text(folder / f"{name}.txt", table + "\n")
         print(f"\n{table}\n\n{folder}/{name}.svg shows it")
 
 
-def held_out(run_dir: Path, model: str) -> dict[str, float]:
-    """A model's accuracy and keyword recall on the held-out questions, and accuracy on those misperceived."""
-    [path] = run_dir.glob(f"evaluate/*/{model}/scores.json")
-    scores, found = json.loads(path.read_text()), {}
-    for name, mode in itertools.product(("accuracy", "keyword"), scores):
-        if scores[mode][name] is not None:
-            found[f"{mode} {name}"] = scores[mode][name]
-    if MISPERCEIVED in scores["greedy"]["categories"]:
-        found[MISPERCEIVED] = scores["greedy"]["categories"][MISPERCEIVED]["accuracy"]
-    return found
+def held_out(run_dir: Path) -> dict[str, dict[str, float]]:
+    """{model: {measure: score}} of one seed, and the gap: two stages minus reasoning only."""
+    found = {}
+    for model, label in LABELS.items():
+        [path] = run_dir.glob(f"evaluate/*/{model}/scores.json")
+        scores = json.loads(path.read_text())
+        kinds = itertools.product(("accuracy", "keyword"), scores)
+        found[label] = {f"{mode} {name}": scores[mode][name] for name, mode in kinds}
+        misperceived = scores["greedy"]["categories"].get(MISPERCEIVED, {"accuracy": None})
+        found[label][MISPERCEIVED] = misperceived["accuracy"]
+        found[label] = {name: score for name, score in found[label].items() if score is not None}
+    two, one = found["two stages"], found["reasoning only"]
+    return found | {GAP: {name: round(two[name] - one[name], 4) for name in two}}
 
 
-def score_tensor(scores: dict[str, list[dict]]) -> tuple[list[str], torch.Tensor]:
-    """{model: a dict of scores per seed} -> names, (models + 1, seeds, names). The last of the models is the
-    gap: two stages minus reasoning only, by seed."""
-    names = list(scores["warmup"][0])
-    values = [torch.tensor([[each[name] for name in names] for each in scores[model]]) for model in LABELS]
-    of = dict(zip(LABELS, values))
-    return names, torch.stack([*values, of["reasoning"] - of["reasoning_only"]])
+def means(seeds: list[dict]) -> dict[str, dict[str, float]]:
+    """{model: {measure: its mean over the seeds}}"""
+    return {model: mean_of(seed[model] for seed in seeds) for model in seeds[0]}
 
 
-def ablation_table(scores: dict[str, list[dict]]) -> str:
+def ablation_table(seeds: list[dict]) -> str:
     """Mean ± standard deviation over the seeds."""
-    names, values = score_tensor(scores)
-    lines, seeds = [f"{'':<19}" + "".join(f"{name:>18}" for name in names)], values.shape[1]
-    stds = values.std(1, correction=min(1, seeds - 1))
-    for label, *columns in zip([*LABELS.values(), "two - reasoning"], values.mean(1), stds):
-        lines.append(f"{label:<19}" + "".join(f"{mean:>10.3f} ± {std:.3f}" for mean, std in zip(*columns)))
-    return "\n".join([*lines, f"held-out questions; seeds: {seeds}"])
+    lines = [" " * 19 + "".join(f"{name:>18}" for name in seeds[0][GAP])]
+    for model in seeds[0]:
+        values = torch.tensor([list(seed[model].values()) for seed in seeds])  # (seeds, measures)
+        stds = values.std(0, correction=min(1, len(seeds) - 1))
+        cells = [f"{mean:>10.3f} ± {std:.3f}" for mean, std in zip(values.mean(0), stds)]
+        lines.append(f"{model:<19}" + "".join(cells))
+    return "\n".join([*lines, f"held-out questions; seeds: {len(seeds)}"])
 
 
-def step_panels(scores: dict[str, list[dict]], seeing: int, reasoning: int) -> dict[str, dict]:
-    """Greedy scores over the RL steps, means over the seeds, for svg_figure."""
-    names, values = score_tensor(scores)
-    panels, end = {}, seeing + reasoning
-    for i in (i for i, name in enumerate(names) if "sampled" not in name):
-        mean = dict(zip(LABELS, values[..., i].mean(1).tolist()))
-        lines = {LABELS[arm]: [(0, mean["warmup"]), (end, mean[arm])] for arm in ("reasoning", *ARMS)}
-        lines["two stages"].insert(1, (seeing, mean["perception"]))
-        panels[f"{names[i]}, by RL step"] = lines
+def step_panels(seeds: list[dict], seeing: int, reasoning: int) -> dict[str, dict]:
+    """Greedy scores over the RL steps, for svg_figure."""
+    mean, panels, end = means(seeds), {}, seeing + reasoning
+    for name in (name for name in mean[GAP] if "sampled" not in name):
+        start, middle = mean["warm-up"][name], mean["after perception"][name]
+        arms = [LABELS[arm] for arm in ("reasoning", *ARMS)]
+        panels[f"{name}, by RL step"] = lines = {arm: [(0, start), (end, mean[arm][name])] for arm in arms}
+        lines["two stages"].insert(1, (seeing, middle))
     return panels
 
 
-def gap_panel(shares: dict[float, dict]) -> dict[str, dict]:
-    """The gap's greedy scores over the shares, means over the seeds, for svg_figure."""
-    lines = {}
-    for share in sorted(shares):
-        names, values = score_tensor(shares[share])
-        for name, gap in zip(names, values[-1].mean(0).tolist()):
-            if "sampled" not in name:
-                lines.setdefault(name, []).append((share, gap))
+def gap_panel(shares: dict[float, list]) -> dict[str, dict]:
+    """The gap's greedy scores over the shares, for svg_figure."""
+    gaps = {share: means(shares[share])[GAP] for share in sorted(shares)}
+    names = [name for name in next(iter(gaps.values())) if "sampled" not in name]
+    lines = {name: [(share, gap[name]) for share, gap in gaps.items()] for name in names}
     return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
 
 
@@ -1501,7 +1500,7 @@ def run_stage(cfg: Config) -> None:
         return accelerator.print(f"{folder} is done, with {flags}; --overwrite redoes it", flush=True)
     lasting = cfg.stage not in ("evaluate", "dryrun")  # these are never done: later stages bring more models
     begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
-    has_work = lasting and any(folder.glob("*.jsonl"))
+    has_work = lasting and any(path.stat().st_size for path in folder.glob("*.jsonl"))
     then = json.loads(begun.read_text()) if has_work else asdict(cfg)
     for name in PINNED:
         if name_of(then[name]) != name_of(getattr(cfg, name)):

@@ -1982,26 +1982,41 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     for name in ("easy", "medium", "easy_and_medium"):
         shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
     run(tmp_path, f"--stage ablation --ablation_seeds 1 {SMALL}")
-    scores = read_json(folder / "shapes0.1.json")
-    assert list(scores) == ["warmup", "perception", "reasoning", *pebr.ARMS]
+    [scores] = seeds = read_json(folder / "shapes0.1.json")
+    assert list(scores) == [*pebr.LABELS.values(), pebr.GAP]
     for arm in pebr.ARMS:
         assert read_json(run_dir / arm / "settings.json")["from_model"] == f"{run_dir}/warmup"
         assert len(read_lines(run_dir / arm / "metrics.jsonl")) == 2 + 2
         theirs = read_json(run_dir / "evaluate" / "test" / arm / "scores.json")
-        assert scores[arm][0]["greedy keyword"] == theirs["greedy"]["keyword"]
+        assert scores[pebr.LABELS[arm]]["greedy keyword"] == theirs["greedy"]["keyword"]
     see, reason, mixed = (pebr.STAGE_REWARDS[name] for name in ("perception", "reasoning", "mixed"))
     half = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
     assert mixed == pytest.approx(half)
     table = (folder / "shapes0.1.txt").read_text()
-    assert "two - reasoning" in table and f"{scores['mixed'][0]['greedy keyword']:.3f} ± 0.000" in table
-    shares = pebr.gap_panel({0.1: scores, 0.5: scores})
-    figures = (folder / "shapes0.1.svg").read_text(), pebr.svg_figure(shares)
+    assert f"{scores['mixed']['greedy keyword']:.3f} ± 0.000" in table
+    figures = (
+        (folder / "shapes0.1.svg").read_text(),
+        pebr.svg_figure(pebr.gap_panel({0.1: seeds, 0.5: seeds})),
+    )
     lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
     assert lines == [3 * 4, 3]  # panels x arms; measures
-    own = {
-        model: [{"greedy accuracy": 0.5, "greedy keyword": 0.5}] for model in scores
-    }  # no toy's categories
-    assert len(pebr.step_panels(own, 1, 1)) == 2 and "triangle" not in pebr.ablation_table(own)
+
+
+def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
+    """Two seeds of a data set without the toy's category and without keywords."""
+    seeds = []
+    for accuracy in (0.25, 0.75):  # mean 0.5, unbiased deviation sqrt(2 * 0.25 ** 2)
+        for model in pebr.LABELS:
+            scores = {"accuracy": accuracy * (model == "reasoning"), "keyword": None, "categories": {}}
+            path = tmp_path / f"{accuracy}" / "evaluate" / "kit" / model / "scores.json"
+            pebr.write_text(path, json.dumps({"greedy": scores}))
+        seeds.append(pebr.held_out(tmp_path / f"{accuracy}"))
+    header, *_, gap, _ = pebr.ablation_table(seeds).splitlines()
+    assert [words(header), words(gap)] == [["greedy", "accuracy"], words("two - reasoning 0.500 ± 0.354")]
+    assert pebr.step_panels(seeds, 1, 3)["greedy accuracy, by RL step"]["two stages"][::2] == [
+        (0, 0),
+        (4, 0.5),
+    ]
 
 
 HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="javascript:0">"""
