@@ -1693,11 +1693,6 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
     printed = capsys.readouterr().out
     assert "1 questions; 1 without a picture are left out" in printed
     assert "4 warm-up rows, 0 with an instruction of their own" in printed
-    cfg = pebr.resolve("sample", pebr.parse_flags(words(flags)))
-    policy = pebr.load_policy(cfg.model, cfg)
-    ids = lambda row: tuple(pebr.encode_prompt(policy, row, cfg).inputs["input_ids"][0].tolist())
-    asked = [{ids(row) for row in data.load_rows(path)[0]} for path in (cfg.sft_data, cfg.train_data)]
-    assert asked[0] == asked[1] and len(asked[0]) == 3  # warm-up and RL ask in the same words
     path = tmp_path / "evaluate" / "Kit" / "reasoning" / "scores.json"
     records, scores = read_lines(path.with_name("predictions_greedy.jsonl")), read_json(path)
     with open(path.with_name("predictions_greedy.tsv"), newline="") as file:
@@ -1714,39 +1709,39 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
         run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
 
 
-def test_interrupted_sampling_goes_on_to_the_lines_of_a_whole_run(toy, toy_run, tmp_path, monkeypatch):
-    path = shutil.copytree(toy_run, tmp_path / "run", symlinks=True) / "sample" / "rollouts.jsonl"
-    sent, whole = calls_of("broadcast_object_list", monkeypatch), path.read_bytes()
-    path.with_name("done").unlink()
-    path.write_bytes(whole[: len(whole) // 2])  # with a torn last line
-    run(tmp_path / "run", f"--stage sample {SMALL} --generate_batch_size 4")
-    assert path.read_bytes() == whole and {len(record["parts"]) for record in read_lines(path)} == {2}
-    [[[qids]]] = sent  # other processes need to know which questions are done, and not the answers
-    assert qids and set(qids) < {row["qid"] for row in read_json(toy / "train.json")}
+INTERRUPTED = [  # a stage, its calls before it is stopped, minutes between checkpoints, and the one it left
+    ("warmup", "optimizer_step", 1, 0, "checkpoint-1"),
+    ("warmup", "optimizer_step", 1, 15, ""),  # goes on from the start
+    ("perception", "optimizer_step", 2, 0, "checkpoint-1"),
+    ("sample", "generate_rollouts", 1, 0, ""),  # goes on with the questions that have no line
+]
 
 
-INTERRUPTED = [("warmup", 1, 0, "checkpoint-1"), ("perception", 2, 0, "checkpoint-1"), ("warmup", 1, 15, "")]
-
-
-@pytest.mark.parametrize("stage, updates, minutes, left", INTERRUPTED)
-def test_a_stage_resumes_to_the_same_files(stage, updates, minutes, left, toy_run, tmp_path, monkeypatch):
-    """From the first step's checkpoint or, when fifteen minutes have not passed, from the start."""
-    folder, steps = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([pebr.optimizer_step] * updates)
+@pytest.mark.parametrize("stage, call, calls, minutes, left", INTERRUPTED)
+def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, toy_run, tmp_path, monkeypatch):
+    folder, before = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([getattr(pebr, call)] * calls)
     flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
+    flags += f" --from_model {toy_run}/warmup --generate_batch_size 4" * (stage == "sample")
 
     def dies(*args):
-        for step in steps:
-            return step(*args)
+        for function in before:
+            return function(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on"):
-        patch.setattr(pebr, "optimizer_step", dies)
+        patch.setattr(pebr, call, dies)
         run(folder.parent, flags)
     assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "loss": 1}\n{"step": 3, "lo')  # newer than the checkpoint, and torn
+    [log] = {*folder.glob("metrics.jsonl"), *folder.glob("rollouts.jsonl")}
+    with open(log, "a") as file:
+        file.write(
+            '{"step": 2, "loss": 1}\n' * (stage != "sample") + '{"st'
+        )  # after the checkpoint, and torn
+    sent = calls_of("broadcast_object_list", monkeypatch)
     run(folder.parent, flags)
     assert files_of(folder) == files_of(toy_run / stage)
+    for [[qids]] in sent:  # other processes need to know which questions are done, and not the answers
+        assert len(qids) == 2 and all(type(qid) is str for qid in qids)
 
 
 def all_stages(run_dir, seed, steps):
@@ -1790,11 +1785,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_files_of_one_that_
     assert kills >= 2 and compared > 40 and differ == []  # the last kill may come too late
 
 
-def kills(runs="4", steps="10"):
-    """The long form: every stage of so many runs is killed once, for two seeds."""
+def kills():
+    """The long form: every stage of four runs is killed once, for two seeds."""
     for seed in (0, 1):
         with tempfile.TemporaryDirectory() as folder:
-            found = kill_and_compare(Path(folder), seed, [pebr.ORDER] * int(runs), int(steps))
+            found = kill_and_compare(Path(folder), seed, [pebr.ORDER] * 4, 10)
         print("\nseed {}: {} kills, {} files compared, differ: {}".format(seed, *found), flush=True)
 
 
@@ -1920,59 +1915,57 @@ def peer_world(folder, side):
 peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def with_trl(folder, steps, length):
-    """The peer: TRL's GRPOTrainer on the same model, rows and settings."""
+def with_trl(folder, length, tick):
+    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Returns the MiB of its imports."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    clocks, imported, rows = [], peak_mib(), read_json(Path(folder, "rl.json"))
+    imported, rows = peak_mib(), read_json(Path(folder, "rl.json"))
     ask = lambda row: [{"role": "user", "content": row["problem"]}]
     rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
     settings = GRPOConfig(
-        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=int(steps), save_strategy="no",
-        report_to=[], disable_tqdm=True, logging_steps=1000, learning_rate=1e-6, num_generations=8,
-        per_device_train_batch_size=8, gradient_accumulation_steps=4, temperature=1.2, top_p=0.99, top_k=0,
-        beta=0.01, gradient_checkpointing=False, max_completion_length=int(length),
-        model_init_kwargs={"dtype": "float32"})  # fmt: skip
-
-    def reward(completion_ids, **_):  # called once a step
-        clocks.append(time.process_time())
-        return [float(sum(ids) % 7) for ids in completion_ids]
-
+        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=5, save_strategy="no", report_to=[],
+        learning_rate=1e-6, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4,
+        temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
+        max_completion_length=length, model_init_kwargs={"dtype": "float32"})  # fmt: skip
+    reward = lambda completion_ids, **_: tick() or [float(sum(ids) % 7) for ids in completion_ids]
     processor = hf.AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
-    train = dict(train_dataset=Dataset.from_list(rows * int(steps)), processing_class=processor)
-    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **train).train()
-    print("COST", json.dumps([clocks, imported, peak_mib()]))
+    given = {"train_dataset": Dataset.from_list(rows * 5), "processing_class": processor}
+    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **given).train()
+    return imported
 
 
-def with_pebr(folder, steps, length):
+def with_pebr(folder, length, tick):
     """Ours, the reasoning stage from the command line."""
-    clocks, imported, score = [], peak_mib(), pebr.score_parts
-    pebr.score_parts = lambda *args: clocks.append(time.process_time()) or score(*args)
-    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps {steps}
+    imported, score = peak_mib(), pebr.score_parts
+    pebr.score_parts = lambda *args: tick() or score(*args)
+    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps 5
         --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
         --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
     run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
-    print("COST", json.dumps([clocks, imported, peak_mib()]))
+    return imported
 
 
-def trl(steps="3"):
-    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses.
-    CPU seconds from reward to reward, their median without the first; peak MiB, and less that of imports."""
+def cost(side, folder, length):
+    """CPU seconds of a step (from reward to reward; the median of the last three), peak MiB of this process,
+    and less that of imports."""
+    clocks, work = [], {"trl": with_trl, "pebr": with_pebr}[side]
+    imported = work(folder, int(length), lambda: clocks.append(time.process_time()))
+    _, *seconds = (b - a for a, b in itertools.pairwise(clocks))
+    print("COST", json.dumps([statistics.median(seconds), peak_mib(), peak_mib() - imported]))
+
+
+def trl():
+    """A GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
     print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
     print(" | ratio | less imports |\n" + "|---" * 8 + "|")
     for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
-        costs = []
         with tempfile.TemporaryDirectory() as folder:
             peer_world(Path(folder), side)
-            for name in ("with_trl", "with_pebr"):
-                printed = run_script("-W ignore", __file__, name, folder, 2 + int(steps), length)
-                clocks, imported, peak = json.loads(printed.split("COST")[1].splitlines()[0])
-                seconds = statistics.median([b - a for a, b in itertools.pairwise(clocks)][1:])
-                costs += [seconds, peak, peak - imported]
-        s, mib, less, our_s, our_mib, our_less = costs
-        compared = f"{s:.2f} | {our_s:.2f} | {s / our_s:.1f}x | {mib} | {our_mib} | {our_mib / mib:.2f}"
-        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {our_less / less:.2f} |", flush=True)
+            printed = [run_script("-W ignore", __file__, "cost", x, folder, length) for x in ("trl", "pebr")]
+        (s, mib, less), ours = (json.loads(text.split("COST")[1].splitlines()[0]) for text in printed)
+        compared = f"{s:.2f} | {ours[0]:.2f} | {s / ours[0]:.1f}x | {mib} | {ours[1]} | {ours[1] / mib:.2f}"
+        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {ours[2] / less:.2f} |", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2029,26 +2022,23 @@ def test_the_report_shows_all_stages_and_no_text_of_models_and_data_becomes_a_ta
     card = pebr.gallery(Row("", "1", "<image>q", "2", [], ["red dot", "cat"]), ["head"], [GOOD])
     assert '<span class="k1">red dot</span>, <span class="k0">cat</span>' in card
     assert '<p class="description"><small>Image Description</small> Two red dots. </p>' in card
-    run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
+    run_dir = shutil.copytree(toy_run, tmp_path / "run")  # and its toy world
     page, samples = run_dir / "report.html", run_dir / "perception" / "samples.jsonl"
-    first, (tags, text) = page.read_bytes(), tags_and_text(page)
+    tags, text = tags_and_text(page)
     assert ("img", "alt", "src") in tags and "Evaluation" in text and "Difficulty" in text
     assert all(f"{stage}, step 2" in text for stage in ("warmup", "perception", "reasoning"))
-    samples.write_text(json.dumps("x" * 2**20) + "\n" + samples.read_text() + '{"torn": ')
-    pebr.write_report(run_dir)
-    assert page.read_bytes() == first
-    samples.write_bytes((toy_run / "perception" / "samples.jsonl").read_bytes())
-    (run_dir / "toy").unlink()
-    shutil.copytree(toy_run / "toy", run_dir / "toy")
+    for path in run_dir.rglob("settings.json"):
+        path.write_text(path.read_text().replace(str(toy_run), str(run_dir)))
     for path in [*run_dir.rglob("samples.jsonl"), *run_dir.rglob("pred*.jsonl")]:
         pebr.write_jsonl(path, spoiled(read_lines(path)))
     for path in [run_dir / name for name in ("sample/hard.json", "toy/train.json", "toy/test.json")]:
         path.write_text(json.dumps(spoiled(read_json(path))))
-    for path in run_dir.rglob("settings.json"):
-        path.write_text(path.read_text().replace(str(toy_run), str(run_dir)))
     pebr.write_report(run_dir)
-    hostile_tags, hostile_text = tags_and_text(page)
+    hostile, (hostile_tags, hostile_text) = page.read_bytes(), tags_and_text(page)
     assert hostile_tags == tags and hostile_text.count(HOSTILE.strip()) > 100
+    samples.write_text(json.dumps("x" * 2**20) + "\n" + samples.read_text() + '{"torn": ')
+    pebr.write_report(run_dir)
+    assert page.read_bytes() == hostile
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2142,15 +2132,12 @@ def gpu_fsdp2(folder):
     return differences(made("killed"), whole)
 
 
-def gpu_ceilings(device, n, size):
-    """Measured: bytes/s (read and written) of a copy, FLOP/s of an n x n bf16 matrix product."""
+def ceilings(device, n, size):
+    """bytes/s (read and written) of a copy, FLOP/s of an n x n bf16 matrix product."""
     a, b = torch.randn(2, n, n, device=device).bfloat16()
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
     seconds = lambda work: Timer("work()", globals={"work": work}).blocked_autorange().median
-    return {
-        "bytes/s": 2 * size / seconds(lambda: target.copy_(source)),
-        "FLOP/s": 2 * n**3 / seconds(lambda: a @ b),
-    }
+    return 2 * size / seconds(lambda: target.copy_(source)), 2 * n**3 / seconds(lambda: a @ b)
 
 
 def least_work(model, fast, P, C):
@@ -2167,9 +2154,9 @@ def least_work(model, fast, P, C):
     return read, 8 * (prompts + N * C * (layers + head))
 
 
-def gpu_step(folder, engine, P, C, least):
-    """A step of the dry run with prompts of 1,000 tokens, 900 of them a picture's (3,600 patches). `least`:
-    seconds that its rollout and its update cannot do without. Memory is without Adam's 28 GiB."""
+def gpu_step(folder, engine, P, C, seconds):
+    """A step of the dry run with prompts of 1,000 tokens, 900 of them a picture's (3,600 patches). `seconds`:
+    what rollout and update cannot do without. Memory is without Adam's 28 GiB."""
     made = folder / f"{engine}_{P}_{C}"
     gc.collect()  # what a failed step has left
     torch.accelerator.reset_peak_memory_stats()
@@ -2177,12 +2164,12 @@ def gpu_step(folder, engine, P, C, least):
         --max_new_tokens {C} --max_length 1000 --max_pixels {840**2} --kl_coef 0 --generate_batch_size 1024
         --model {folder}/3b/model --prompt_file {folder}/3b/prompt.txt --clip_model local-dir:{folder}/clip"""
     run(made, flags)
-    [timing], [metrics] = (read_lines(made / "dryrun" / f"{name}.jsonl") for name in ("timing", "metrics"))
-    values = {"peak GiB": timing["peak_gib"], "sampler_gap": metrics["sampler_gap"]}
-    values["clipped by rounding"] = metrics["clipped_low"] + metrics["clipped_high"]
-    for part, seconds in zip(("rollout", "update"), least):
+    [timing], [line] = (read_lines(made / "dryrun" / f"{name}.jsonl") for name in ("timing", "metrics"))
+    values = {"peak GiB": timing["peak_gib"], "sampler_gap": line["sampler_gap"]}
+    values["clipped by rounding"] = line["clipped_low"] + line["clipped_high"]
+    for part, least in zip(("rollout", "update"), seconds):
         took = timing[f"{part}_s"]
-        values |= {f"{part} tokens/s": metrics["tokens"] / took, f"{part} of ceiling": seconds / took}
+        values |= {f"{part} tokens/s": line["tokens"] / took, f"{part} of ceiling": least / took}
     return values
 
 
@@ -2190,35 +2177,32 @@ def gpu(size=""):
     """Takes about nine minutes (not tried). Prints a table, and exits with 1 if a part failed."""
     if not (size or torch.cuda.is_available()):
         return print("no GPU")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"| {torch.cuda.get_device_name() if device == 'cuda' else device} |  |\n|---|---|")
-    few, many, short, long, *test = (1, 2, 6, 12, 256, 2**20) if size else (8, 32, 512, 2048, 8192, 2**32)
+    device, card = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
+    bandwidth, flops = ceilings(device, *((256, 2**20) if size else (8192, 2**32)))
+    print(f"| {card} | {bandwidth / 1e12:.3g} TB/s, {flops / 1e12:.4g} TFLOP/s |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data.build_toy_world(name, 0, replace(TINY, vision_layers=2))  # one layer in windows, one without
         failed = [report("float32", gpu_engines, folder), report("FSDP2", gpu_fsdp2, folder)]
-        ceilings = gpu_ceilings(device, *test)
-        report("ceilings", lambda: ceilings)
         peer_world(folder / "3b", 840)
         config = hf.AutoConfig.from_pretrained(folder / "3b" / "model")
         if not size:
-            marks = {name: getattr(config, name) for name in pebr.MARK_IDS if hasattr(config, name)}
-            marks["tie_word_embeddings"] = True
-            config = hf.Qwen2_5_VLConfig(text_config=TEXT_3B, vision_config=VISION_3B, **marks)
+            marks = {mark: getattr(config, mark) for mark in pebr.MARK_IDS if hasattr(config, mark)}
+            shape = {"text_config": TEXT_3B, "vision_config": VISION_3B, "tie_word_embeddings": True}
+            config = hf.Qwen2_5_VLConfig(**shape, **marks)
 
-        def random_model(*_, where=device, **__):  # made on the device, past disk and CPU memory
+        def random_model(where):  # made there, past disk and CPU memory
             with torch.device(where):
-                model = hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-            return model, {"missing_keys": []}
+                return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
-        hf.AutoModelForImageTextToText.from_pretrained = random_model
-        torch.optim.AdamW.step = lambda *_: None
-        cases = [(2, 1), (short, few), (short, many), (long, few), (long, many)]  # the first loads kernels
-        for engine, (C, P) in itertools.product(("--fast", "--no-fast"), cases):
-            if engine == "--fast" or C < long:
-                work = least_work(random_model(where="meta")[0], engine == "--fast", P, C)
-                least = [amount / ceiling for amount, ceiling in zip(work, ceilings.values())]
-                failed.append(report(f"{8 * P} x {C} tokens {engine}", gpu_step, folder, engine, P, C, least))
+        loaded = lambda *_, **__: (random_model(device), {"missing_keys": []})
+        hf.AutoModelForImageTextToText.from_pretrained, torch.optim.AdamW.step = loaded, lambda *_: None
+        cases = [(512, 8), (512, 32), (2048, 8), (2048, 32)]
+        for fast, (C, P) in itertools.product((True, False), [(2, 1), *([(6, 2)] if size else cases)]):
+            if fast or C < 2048:  # the first of an engine loads kernels
+                read, computed = least_work(random_model("meta"), fast, P, C)
+                how = "--fast" if fast else "--no-fast", P, C, (read / bandwidth, computed / flops)
+                failed.append(report(f"{8 * P} x {C} tokens, {how[0]}", gpu_step, folder, *how))
         sys.exit(any(failed))
 
 
