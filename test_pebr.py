@@ -1430,8 +1430,8 @@ def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
     for stage, theirs in PAPERS_STAGES.items():
         cfg = vars(pebr.resolve(stage, {"model": "some/folder"}))
         assert cfg == cfg | pebr.parse_flags(words(PAPER, theirs))
-    flags = "--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --top_p 0.9"
-    flags = pebr.parse_flags(words(flags))
+    flags = words("--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --top_p 0.9")
+    flags = pebr.parse_flags(flags)
     named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags | {"stage": "sample"})
     assert (named.learning_rate, named.freeze_vision, named.gradient_checkpointing) == (0.5, False, True)
     assert implied.learning_rate == pebr.TOY["warmup"]["learning_rate"]  # training flags: the named stage's
@@ -1522,8 +1522,7 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
     assert len(samples) == 2 * 4  # steps x questions
     lists = ("responses", "tokens", "truncated", "parts", "rewards", "advantages")
     assert {len(samples[0][name]) for name in lists} == {2}  # G
-    parts = {"clip", "cosine", "keyword", "format", "length", "accuracy"}
-    assert samples[0]["parts"][0].keys() == parts
+    assert samples[0]["parts"][0].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
     named = words("base warmup perception reasoning greedy sampled interval pass@2")
     assert set(named) <= set(words((toy_run / "evaluate" / "test" / "table.txt").read_text()))
 
