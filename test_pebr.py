@@ -37,13 +37,13 @@ import zlib
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from PIL import Image, ImageDraw
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
 import torch.nn.functional as F
 from torch.distributed.utils import _to_kwargs  # what DDP and FSDP2 do to the inputs of a forward
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 import transformers as hf
@@ -1385,12 +1385,7 @@ def calls_of(name, monkeypatch):
 
 read_json = lambda path: json.loads(path.read_text())
 read_lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
+weights_of = lambda folder: load_file(folder / "model.safetensors")
 
 
 def files_of(folder):
@@ -1435,8 +1430,8 @@ def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
     for stage, theirs in PAPERS_STAGES.items():
         cfg = vars(pebr.resolve(stage, {"model": "some/folder"}))
         assert cfg == cfg | pebr.parse_flags(words(PAPER, theirs))
-    flags = "--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --top_p 0.9"
-    flags = pebr.parse_flags(words(flags))
+    flags = words("--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --top_p 0.9")
+    flags = pebr.parse_flags(flags)
     named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags | {"stage": "sample"})
     assert (named.learning_rate, named.freeze_vision, named.gradient_checkpointing) == (0.5, False, True)
     assert implied.learning_rate == pebr.TOY["warmup"]["learning_rate"]  # training flags: the named stage's
@@ -1527,8 +1522,7 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
     assert len(samples) == 2 * 4  # steps x questions
     lists = ("responses", "tokens", "truncated", "parts", "rewards", "advantages")
     assert {len(samples[0][name]) for name in lists} == {2}  # G
-    parts = {"clip", "cosine", "keyword", "format", "length", "accuracy"}
-    assert samples[0]["parts"][0].keys() == parts
+    assert samples[0]["parts"][0].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
     named = words("base warmup perception reasoning greedy sampled interval pass@2")
     assert set(named) <= set(words((toy_run / "evaluate" / "test" / "table.txt").read_text()))
 
@@ -1676,12 +1670,10 @@ def night_sky(folder, clip):
     sky, say = {"source": "sky", "key_words": ["night sky"]}, lambda *x: dict(zip(("role", "content"), x))
     rl = [sky | {"qid": q, "problem": q, "answer": a, "images": i} for q, i, a in asked[:3]]
     sft = [{"messages": [say("user", q), say("assistant", text + a)], "images": i} for q, i, a in asked]
-    image = base64.b64encode((folder / "moon.png").read_bytes()).decode()
-    tsv = ["\t".join(words("index question A B answer category image"))]
-    tsv += [f"{i}\tHow bright ?\tvery\thardly\tA\tkind {i % 2}\t{image}" for i in range(3)]
-    (folder / "rl.json").write_text(json.dumps(rl))
-    (folder / "sft.json").write_text(json.dumps(sft))
-    (folder / "Kit.tsv").write_text("\n".join(tsv))
+    kit = {"question": "How bright ?", "A": "very", "B": "hardly", "answer": "A"}
+    kit = [kit | {"category": f"kind {i % 2}"} for i in range(3)]
+    for name, rows in (("rl.json", rl), ("sft.json", sft), ("Kit.tsv", kit)):
+        write_rows(folder / name, *rows)
     vocabulary = words("user assistant", text, *(f"{q} {a}".replace("<image>", "") for q, _, a in asked))
     data.build_toy_model(folder / "model", 0, TINY, vocabulary)
     return f"""--model {folder}/model --train_data {folder}/rl.json --sft_data {folder}/sft.json
@@ -1700,11 +1692,6 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
     printed = capsys.readouterr().out
     assert "1 questions; 1 without a picture are left out" in printed
     assert "4 warm-up rows, 0 with an instruction of their own" in printed
-    cfg = pebr.resolve("sample", pebr.parse_flags(words(flags)))
-    policy = pebr.load_policy(cfg.model, cfg)
-    ids = lambda row: tuple(pebr.encode_prompt(policy, row, cfg).inputs["input_ids"][0].tolist())
-    asked = [{ids(row) for row in data.load_rows(path)[0]} for path in (cfg.sft_data, cfg.train_data)]
-    assert asked[0] == asked[1] and len(asked[0]) == 3  # warm-up and RL ask in the same words
     path = tmp_path / "evaluate" / "Kit" / "reasoning" / "scores.json"
     records, scores = read_lines(path.with_name("predictions_greedy.jsonl")), read_json(path)
     with open(path.with_name("predictions_greedy.tsv"), newline="") as file:
@@ -1721,39 +1708,39 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
         run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
 
 
-def test_interrupted_sampling_goes_on_to_the_lines_of_a_whole_run(toy, toy_run, tmp_path, monkeypatch):
-    path = shutil.copytree(toy_run, tmp_path / "run", symlinks=True) / "sample" / "rollouts.jsonl"
-    sent, whole = calls_of("broadcast_object_list", monkeypatch), path.read_bytes()
-    path.with_name("done").unlink()
-    path.write_bytes(whole[: len(whole) // 2])  # with a torn last line
-    run(tmp_path / "run", f"--stage sample {SMALL} --generate_batch_size 4")
-    assert path.read_bytes() == whole and {len(record["parts"]) for record in read_lines(path)} == {2}
-    [[[qids]]] = sent  # other processes need to know which questions are done, and not the answers
-    assert qids and set(qids) < {row["qid"] for row in read_json(toy / "train.json")}
+INTERRUPTED = [  # a stage, its calls before it is stopped, minutes between checkpoints, and the one it left
+    ("warmup", "optimizer_step", 1, 0, "checkpoint-1"),
+    ("warmup", "optimizer_step", 1, 15, ""),  # goes on from the start
+    ("perception", "optimizer_step", 2, 0, "checkpoint-1"),
+    ("sample", "generate_rollouts", 1, 0, ""),  # goes on with the questions that have no line
+]
 
 
-INTERRUPTED = [("warmup", 1, 0, "checkpoint-1"), ("perception", 2, 0, "checkpoint-1"), ("warmup", 1, 15, "")]
-
-
-@pytest.mark.parametrize("stage, updates, minutes, left", INTERRUPTED)
-def test_a_stage_resumes_to_the_same_files(stage, updates, minutes, left, toy_run, tmp_path, monkeypatch):
-    """From the first step's checkpoint or, when fifteen minutes have not passed, from the start."""
-    folder, steps = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([pebr.optimizer_step] * updates)
+@pytest.mark.parametrize("stage, call, calls, minutes, left", INTERRUPTED)
+def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, toy_run, tmp_path, monkeypatch):
+    folder, before = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([getattr(pebr, call)] * calls)
     flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
+    flags += f" --from_model {toy_run}/warmup --generate_batch_size 4" * (stage == "sample")
 
     def dies(*args):
-        for step in steps:
-            return step(*args)
+        for function in before:
+            return function(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on"):
-        patch.setattr(pebr, "optimizer_step", dies)
+        patch.setattr(pebr, call, dies)
         run(folder.parent, flags)
     assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "loss": 1}\n{"step": 3, "lo')  # newer than the checkpoint, and torn
+    [log] = {*folder.glob("metrics.jsonl"), *folder.glob("rollouts.jsonl")}
+    with open(log, "a") as file:
+        file.write(
+            '{"step": 2, "loss": 1}\n' * (stage != "sample") + '{"st'
+        )  # after the checkpoint, and torn
+    sent = calls_of("broadcast_object_list", monkeypatch)
     run(folder.parent, flags)
     assert files_of(folder) == files_of(toy_run / stage)
+    for [[qids]] in sent:  # other processes need to know which questions are done, and not the answers
+        assert len(qids) == 2 and all(type(qid) is str for qid in qids)
 
 
 def all_stages(run_dir, seed, steps):
@@ -1797,11 +1784,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_files_of_one_that_
     assert kills >= 2 and compared > 40 and differ == []  # the last kill may come too late
 
 
-def kills(runs="4", steps="10"):
-    """The long form: every stage of so many runs is killed once, for two seeds."""
+def kills():
+    """The long form: every stage of four runs is killed once, for two seeds."""
     for seed in (0, 1):
         with tempfile.TemporaryDirectory() as folder:
-            found = kill_and_compare(Path(folder), seed, [pebr.ORDER] * int(runs), int(steps))
+            found = kill_and_compare(Path(folder), seed, [pebr.ORDER] * 4, 10)
         print("\nseed {}: {} kills, {} files compared, differ: {}".format(seed, *found), flush=True)
 
 
@@ -1821,6 +1808,7 @@ def train(*argv):
     """pebr.py with rewards that are not all the same; says what accelerate has made of the policy."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     save, start = pebr.save_policy, pebr.start_accelerator
     pebr.save_policy = lambda *args: print("saves", type(args[1])) or save(*args)
 
@@ -1833,6 +1821,9 @@ def train(*argv):
         return started
 
     pebr.start_accelerator = start_accelerator
+    if "KILLED" in os.environ:  # in the second update
+        updates = iter([pebr.optimizer_step])
+        pebr.optimizer_step = lambda *args: next(updates, lambda *_: os.kill(os.getpid(), 9))(*args)
     with spread_rewards(levels=2):
         pebr.main(list(argv))
 
@@ -1853,19 +1844,26 @@ def three_updates(wrapper, model, toy, folder, *argv):
     return weights_of(made), read_lines(made / "metrics.jsonl"), read_lines(made / "samples.jsonl")
 
 
+def differences(found, expected):
+    """Of two three_updates with the same responses: the largest of a metric, relative, and of a weight."""
+    (weights, metrics, samples), (other_weights, other_metrics, other_samples) = found, expected
+    assert [s["responses"] for s in samples] == [s["responses"] for s in other_samples]
+    pairs = [(a[k], b[k]) for a, b in zip(metrics, other_metrics, strict=True) for k in b]
+    of_weights = [float((weights[name] - other_weights[name]).abs().max()) for name in other_weights]
+    return {"metrics": max(abs(a - b) / max(abs(b), 0.01) for a, b in pairs), "weights": max(of_weights)}
+
+
 def test_two_processes_make_the_updates_of_one_by_ddp_and_by_fsdp2(toy, toy_run, tmp_path):
     """Ragged responses, tied groups, micro-batches without pictures on the second process only."""
     model, start = toy_run / "warmup", weights_of(toy_run / "warmup")
-    (expected, metrics, samples), *others = (three_updates(w, model, toy, tmp_path / w) for w in LAUNCHERS)
-    assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-4
-    assert (
-        len({n for s in samples for n in s["tokens"]}) > 3 and 0 < sum(m["tied_groups"] for m in metrics) < 3
-    )
-    for weights, *logs in others:
-        assert max((weights[name] - expected[name]).abs().max() for name in expected) < 1e-5
-        assert [s["responses"] for s in logs[1]] == [s["responses"] for s in samples]
-        for a, b in zip(logs[0], metrics, strict=True):
-            assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    one, *others = (three_updates(wrapper, model, toy, tmp_path / wrapper) for wrapper in LAUNCHERS)
+    weights, metrics, samples = one
+    assert max((weights[name] - start[name]).abs().max() for name in start) > 1e-4
+    assert len({n for s in samples for n in s["tokens"]}) > 3
+    assert 0 < sum(m["tied_groups"] for m in metrics) < 3
+    for two in others:
+        found = differences(two, one)
+        assert found["metrics"] < 1e-4 and found["weights"] < 1e-5
 
 
 @pytest.mark.parametrize("wrapper, kl", [("Policy", 0.05), ("FSDPPolicy", 1e-4)])
@@ -1916,59 +1914,57 @@ def peer_world(folder, side):
 peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def with_trl(folder, steps, length):
-    """The peer: TRL's GRPOTrainer on the same model, rows and settings."""
+def with_trl(folder, length, tick):
+    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Returns the MiB of its imports."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    clocks, imported, rows = [], peak_mib(), read_json(Path(folder, "rl.json"))
+    imported, rows = peak_mib(), read_json(Path(folder, "rl.json"))
     ask = lambda row: [{"role": "user", "content": row["problem"]}]
     rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
     settings = GRPOConfig(
-        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=int(steps), save_strategy="no",
-        report_to=[], disable_tqdm=True, logging_steps=1000, learning_rate=1e-6, num_generations=8,
-        per_device_train_batch_size=8, gradient_accumulation_steps=4, temperature=1.2, top_p=0.99, top_k=0,
-        beta=0.01, gradient_checkpointing=False, max_completion_length=int(length),
-        model_init_kwargs={"dtype": "float32"})  # fmt: skip
-
-    def reward(completion_ids, **_):  # called once a step
-        clocks.append(time.process_time())
-        return [float(sum(ids) % 7) for ids in completion_ids]
-
+        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=5, save_strategy="no", report_to=[],
+        learning_rate=1e-6, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4,
+        temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
+        max_completion_length=length, model_init_kwargs={"dtype": "float32"})  # fmt: skip
+    reward = lambda completion_ids, **_: tick() or [float(sum(ids) % 7) for ids in completion_ids]
     processor = hf.AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
-    train = dict(train_dataset=Dataset.from_list(rows * int(steps)), processing_class=processor)
-    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **train).train()
-    print("COST", json.dumps([clocks, imported, peak_mib()]))
+    given = {"train_dataset": Dataset.from_list(rows * 5), "processing_class": processor}
+    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **given).train()
+    return imported
 
 
-def with_pebr(folder, steps, length):
+def with_pebr(folder, length, tick):
     """Ours, the reasoning stage from the command line."""
-    clocks, imported, score = [], peak_mib(), pebr.score_parts
-    pebr.score_parts = lambda *args: clocks.append(time.process_time()) or score(*args)
-    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps {steps}
+    imported, score = peak_mib(), pebr.score_parts
+    pebr.score_parts = lambda *args: tick() or score(*args)
+    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps 5
         --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
         --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
     run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
-    print("COST", json.dumps([clocks, imported, peak_mib()]))
+    return imported
 
 
-def trl(steps="3"):
-    """One GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses.
-    CPU seconds from reward to reward, their median without the first; peak MiB, and less that of imports."""
+def cost(side, folder, length):
+    """CPU seconds of a step (from reward to reward; the median of the last three), peak MiB of this process,
+    and less that of imports."""
+    clocks, work = [], {"trl": with_trl, "pebr": with_pebr}[side]
+    imported = work(folder, int(length), lambda: clocks.append(time.process_time()))
+    _, *seconds = (b - a for a, b in itertools.pairwise(clocks))
+    print("COST", json.dumps([statistics.median(seconds), peak_mib(), peak_mib() - imported]))
+
+
+def trl():
+    """A GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
     print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
     print(" | ratio | less imports |\n" + "|---" * 8 + "|")
     for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
-        costs = []
         with tempfile.TemporaryDirectory() as folder:
             peer_world(Path(folder), side)
-            for name in ("with_trl", "with_pebr"):
-                printed = run_script("-W ignore", __file__, name, folder, 2 + int(steps), length)
-                clocks, imported, peak = json.loads(printed.split("COST")[1].splitlines()[0])
-                seconds = statistics.median([b - a for a, b in itertools.pairwise(clocks)][1:])
-                costs += [seconds, peak, peak - imported]
-        s, mib, less, our_s, our_mib, our_less = costs
-        compared = f"{s:.2f} | {our_s:.2f} | {s / our_s:.1f}x | {mib} | {our_mib} | {our_mib / mib:.2f}"
-        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {our_less / less:.2f} |", flush=True)
+            printed = [run_script("-W ignore", __file__, "cost", x, folder, length) for x in ("trl", "pebr")]
+        (s, mib, less), ours = (json.loads(text.split("COST")[1].splitlines()[0]) for text in printed)
+        compared = f"{s:.2f} | {ours[0]:.2f} | {s / ours[0]:.1f}x | {mib} | {ours[1]} | {ours[1] / mib:.2f}"
+        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {ours[2] / less:.2f} |", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1994,10 +1990,8 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     assert mixed == pytest.approx(half)
     table = (folder / "shapes0.1.txt").read_text()
     assert f"{scores['mixed']['greedy keyword']:.3f} ± 0.000" in table
-    figures = (
-        (folder / "shapes0.1.svg").read_text(),
-        pebr.svg_figure(pebr.gap_panel({0.1: seeds, 0.5: seeds})),
-    )
+    shares = pebr.gap_panel({0.1: seeds, 0.5: seeds})
+    figures = (folder / "shapes0.1.svg").read_text(), pebr.svg_figure(shares)
     lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
     assert lines == [3 * 4, 3]  # panels x arms; measures
 
@@ -2013,17 +2007,15 @@ def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
         seeds.append(pebr.held_out(tmp_path / f"{accuracy}"))
     header, *_, gap, _ = pebr.ablation_table(seeds).splitlines()
     assert [words(header), words(gap)] == [["greedy", "accuracy"], words("two - reasoning 0.500 ± 0.354")]
-    assert pebr.step_panels(seeds, 1, 3)["greedy accuracy, by RL step"]["two stages"][::2] == [
-        (0, 0),
-        (4, 0.5),
-    ]
+    [lines] = pebr.step_panels(seeds, 1, 3).values()
+    assert lines["two stages"] == [(0, 0), (1, 0), (4, 0.5)]
 
 
-HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="javascript:0">"""
+HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="x:0">"""
 
 
 def tags_and_text(page):
-    """The kinds of tags that a browser sees, with the names of their attributes, and the text between them."""
+    """The kinds of tags that a browser sees, with the names of their attributes, and the text between."""
     parser, tags, text = HTMLParser(), set(), []
     parser.handle_starttag = lambda tag, attributes: tags.add((tag, *(name for name, _ in attributes)))
     parser.handle_data = text.append
@@ -2042,26 +2034,23 @@ def test_the_report_shows_all_stages_and_no_text_of_models_and_data_becomes_a_ta
     card = pebr.gallery(Row("", "1", "<image>q", "2", [], ["red dot", "cat"]), ["head"], [GOOD])
     assert '<span class="k1">red dot</span>, <span class="k0">cat</span>' in card
     assert '<p class="description"><small>Image Description</small> Two red dots. </p>' in card
-    run_dir = shutil.copytree(toy_run, tmp_path / "run", symlinks=True)
+    run_dir = shutil.copytree(toy_run, tmp_path / "run")  # and its toy world
     page, samples = run_dir / "report.html", run_dir / "perception" / "samples.jsonl"
-    first, (tags, text) = page.read_bytes(), tags_and_text(page)
+    tags, text = tags_and_text(page)
     assert ("img", "alt", "src") in tags and "Evaluation" in text and "Difficulty" in text
     assert all(f"{stage}, step 2" in text for stage in ("warmup", "perception", "reasoning"))
-    samples.write_text(json.dumps("x" * 2**20) + "\n" + samples.read_text() + '{"torn": ')
-    pebr.write_report(run_dir)
-    assert page.read_bytes() == first
-    samples.write_bytes((toy_run / "perception" / "samples.jsonl").read_bytes())
-    (run_dir / "toy").unlink()
-    shutil.copytree(toy_run / "toy", run_dir / "toy")
+    for path in run_dir.rglob("settings.json"):
+        path.write_text(path.read_text().replace(str(toy_run), str(run_dir)))
     for path in [*run_dir.rglob("samples.jsonl"), *run_dir.rglob("pred*.jsonl")]:
         pebr.write_jsonl(path, spoiled(read_lines(path)))
     for path in [run_dir / name for name in ("sample/hard.json", "toy/train.json", "toy/test.json")]:
         path.write_text(json.dumps(spoiled(read_json(path))))
-    for path in run_dir.rglob("settings.json"):
-        path.write_text(path.read_text().replace(str(toy_run), str(run_dir)))
     pebr.write_report(run_dir)
-    hostile_tags, hostile_text = tags_and_text(page)
+    hostile, (hostile_tags, hostile_text) = page.read_bytes(), tags_and_text(page)
     assert hostile_tags == tags and hostile_text.count(HOSTILE.strip()) > 100
+    samples.write_text(json.dumps("x" * 2**20) + "\n" + samples.read_text() + '{"torn": ')
+    pebr.write_report(run_dir)
+    assert page.read_bytes() == hostile
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2120,179 +2109,113 @@ def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_r
 # What a GPU must show: `python test_pebr.py gpu`; `gpu tiny` takes every part through, on a CPU, too
 
 TEXT_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 151_936}
-TEXT_3B |= {"num_attention_heads": 16, "layer_types": None, "initializer_range": 0.02}
+TEXT_3B |= {"num_attention_heads": 16, "num_key_value_heads": 2}
 TEXT_3B["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-VISION_3B = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048, "depth": 32}
-VISION_3B |= {"num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31], "initializer_range": 0.02}
+VISION_3B = {"hidden_size": 1280, "out_hidden_size": 2048}
 
 
 def report(what, work, *arguments):
     """A row of the table, printed at once. A failure is a row, too. Returns whether it is one."""
     try:
-        values = work(*arguments)
-    except Exception as error:
-        values = {"FAILED": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
-    values = [f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in values.items()]
-    print(f"| {what} | {', '.join(values)} |", flush=True)
-    return "FAILED" in values[-1]
+        row = ", ".join(f"{name} {value:.4g}" for name, value in work(*arguments).items())
+    except (Exception, SystemExit) as error:
+        row = f"FAILED: {error!r}"
+    print(f"\n| {what} | {row} |", flush=True)
+    return "FAILED" in row
 
 
-def gpu_float32(folder, cfg):
-    """The fast engine against the plain one: greedy tokens, and log-probs and gradients of ragged groups."""
-    results, cfg = [], replace(cfg, max_new_tokens=64, temperature=0.0)
-    for fast in (True, False):
-        policy = pebr.load_policy(f"{folder}/model", replace(cfg, fast=fast)).to(pebr.accelerator.device)
-        rollouts = grouped_rollouts(policy, cfg, folder)
-        greedy = pebr.generate_rollouts(policy, [r.prompt for r in rollouts[::3]], 1, cfg, "gpu")
-        logprobs, _, mask = policy(rollouts, 1.2)
-        adv = torch.arange(len(rollouts), device=mask.device) % 3 - 1.0
-        (logprobs * mask * adv[:, None]).sum().backward()
-        gradients = torch.cat([p.grad.flatten() for p in policy.parameters()])
-        results.append(([r.tokens.tolist() for r in greedy], logprobs.detach(), gradients))
-    (tokens, *fast), (expected, *plain) = results
-    logprobs, gradients = (float((a - b).abs().max() / b.abs().max()) for a, b in zip(fast, plain))
-    values = {"same greedy": tokens == expected, "log-probs off by": logprobs, "gradients by": gradients}
-    assert tokens == expected and max(logprobs, gradients) < 1e-4, values
-    return values
+def gpu_engines(folder):
+    """In float32, three updates by the fast engine against the plain one's."""
+    made = lambda flag: three_updates("Policy", folder / "model", folder, folder / flag, flag)
+    found = differences(made("--fast"), made("--no-fast"))
+    assert found["metrics"] < 1e-3, found
+    return found
 
 
 def gpu_fsdp2(folder):
-    """The metrics of a run without a break against those of one that is killed and started again."""
-    flags = f"""train --stage reasoning {SMALL} --max_steps 8 --checkpoint_minutes 0 --max_new_tokens 40
-        --learning_rate 1e-4 --mixed_precision bf16 --gradient_checkpointing --from_model {folder}/model
-        --from_data {folder}/train.json --run_dir"""
-    command = [sys.executable, *words(FSDP2, "--num_processes 1", __file__, flags)]
-    start = lambda stage: subprocess.Popen([*command, stage.parent])
-    whole, killed = (new_run(folder, folder / name) / "reasoning" for name in ("whole", "killed"))
-    other, process = start(whole), start(killed)
-    while not any(killed.glob("checkpoint-[2-6]")):
-        assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0.005)
-    sharded = any("fsdp" in path.name for path in killed.glob("checkpoint-*/*"))
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
-    steps = len(pebr.read_jsonl(killed / "metrics.jsonl"))
-    assert (other.wait(), start(killed).wait()) == (0, 0), "a run failed"
-    a, b = (read_lines(stage / "metrics.jsonl") for stage in (whole, killed))
-    gap = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-6) for x, y in zip(a, b, strict=True) for k in x)
-    assert len(a) == 8 and sharded and max(x["grad_norm"] for x in a) > 0
-    return {"killed after": steps, "of": len(a), "largest relative difference of a metric": gap}
+    """In bf16, a run that is killed in its second update and started again against one without a break."""
+    bf16 = "--mixed_precision bf16 --gradient_checkpointing --checkpoint_minutes 0"
+    made = lambda name: three_updates("FSDPPolicy", folder / "model", folder, folder / name, bf16)
+    whole = made("whole")
+    with pytest.raises(AssertionError), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILLED", "yes")
+        made("killed")
+    assert list(folder.glob("killed/reasoning/checkpoint-1/*fsdp*"))
+    return differences(made("killed"), whole)
 
 
-def timed(work):
-    """(result, seconds)"""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start, result = time.perf_counter(), work()
-    wait()
-    return result, time.perf_counter() - start
+def ceilings(device, n, size):
+    """bytes/s (read and written) of a copy, FLOP/s of an n x n bf16 matrix product."""
+    a, b = torch.randn(2, n, n, device=device).bfloat16()
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    seconds = lambda work: Timer("work()", globals={"work": work}).blocked_autorange().median
+    return 2 * size / seconds(lambda: target.copy_(source)), 2 * n**3 / seconds(lambda: a @ b)
 
 
-def speed(seconds, tokens, needed, ceiling):
-    """needed: bytes or FLOPs that no program can do without; ceiling: those per second. Resets the peak."""
-    values = {"seconds": seconds, "tokens/s": tokens / seconds, "of ceiling": needed / ceiling / seconds}
-    if torch.cuda.is_available():
-        values["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
+def least_work(model, fast, P, C):
+    """For 8 responses to each of P prompts: the bytes that sampling must read, the FLOPs of an update."""
+    decoder, text, N = model.get_decoder(), model.config.text_config, 8 * P
+    parts = decoder, decoder.layers, model.base_model.visual, model.get_output_embeddings()
+    weights, layers, vision, head = (sum(p.numel() for p in part.parameters()) for part in parts)
+    # In bf16, at each step: the weights (the embedding is the head, too), the keys and values of every prompt
+    # once, and those of every response.
+    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    read = sum(2 * weights + kv * (1000 * P + N * step) for step in range(1, C))
+    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own are left out.
+    prompts = (P if fast else N) * (1000 * layers + 3600 * vision)
+    return read, 8 * (prompts + N * C * (layers + head))
+
+
+def gpu_step(folder, engine, P, C, seconds):
+    """A step of the dry run with prompts of 1,000 tokens, 900 of them a picture's (3,600 patches). `seconds`:
+    what rollout and update cannot do without. Memory is without Adam's 28 GiB."""
+    made = folder / f"{engine}_{P}_{C}"
+    gc.collect()  # what a failed step has left
+    torch.accelerator.reset_peak_memory_stats()
+    flags = f"""--stage dryrun {engine} --batch_size {P} --update_batch_size {max(1, P // 2)} --max_steps 1
+        --max_new_tokens {C} --max_length 1000 --max_pixels {840**2} --kl_coef 0 --generate_batch_size 1024
+        --model {folder}/3b/model --prompt_file {folder}/3b/prompt.txt --clip_model local-dir:{folder}/clip"""
+    run(made, flags)
+    [timing], [line] = (read_lines(made / "dryrun" / f"{name}.jsonl") for name in ("timing", "metrics"))
+    values = {"peak GiB": timing["peak_gib"], "sampler_gap": line["sampler_gap"]}
+    values["clipped by rounding"] = line["clipped_low"] + line["clipped_high"]
+    for part, least in zip(("rollout", "update"), seconds):
+        took = timing[f"{part}_s"]
+        values |= {f"{part} tokens/s": line["tokens"] / took, f"{part} of ceiling": least / took}
     return values
 
 
-def ceilings(n, size):
-    """FLOP/s of an n x n bf16 matrix product, bytes/s (read and written) of a copy."""
-    a, b = torch.randn(2, n, n, device=pebr.accelerator.device).bfloat16()
-    source, target = torch.zeros(2, size, dtype=torch.uint8, device=a.device)
-    best = lambda work: min(timed(lambda: [work() for _ in range(20)])[1] for _ in range(3)) / 20
-    return 2 * n**3 / best(lambda: a @ b), 2 * size / best(lambda: target.copy_(source))
-
-
-def random_3b(folder):
-    """Qwen2.5-VL-3B's shape with random weights, made on the device, past disk and CPU memory."""
-    toy = hf.Qwen2_5_VLConfig.from_pretrained(f"{folder}/model").to_dict() | {"tie_word_embeddings": True}
-    text, vision = toy.pop("text_config") | TEXT_3B, toy.pop("vision_config") | VISION_3B
-    config = hf.Qwen2_5_VLConfig(**toy, text_config=text, vision_config=vision)
-    with torch.device(pebr.accelerator.device):
-        return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-
-
-def time_rollout(policy, prompts, cfg, bandwidth):
-    """G rollouts to each prompt, all of full length, and how far the training forward is from them."""
-    work = lambda: pebr.generate_rollouts(policy, prompts, cfg.group_size, cfg, "gpu")
-    (rollouts, seconds), C, T = timed(work), cfg.max_new_tokens, prompts[0].inputs["input_ids"].shape[1]
-    assert {len(r.tokens) for r in rollouts} == {C}
-    # Bytes in bf16, of a token's keys and values and of the weights; the embedding is the head, too.
-    text = policy.model.config.text_config
-    kv = 4 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    weights = 2 * sum(p.numel() for p in policy.model.get_decoder().parameters())
-    # Each step must read the weights, every prompt's keys and values once, and those of every response.
-    must_read = sum(weights + kv * (len(prompts) * T + len(rollouts) * step) for step in range(1, C))
-    values = speed(seconds, C * len(rollouts), must_read, bandwidth)
-    with torch.no_grad(), pebr.accelerator.autocast():
-        logprobs = [policy(batch, cfg.temperature)[0].cpu() for batch in pebr.in_batches(rollouts[:16], 8)]
-    gap = (torch.cat(logprobs) - torch.stack([r.old_logprobs for r in rollouts[:16]])).abs()
-    return values | {"sampler_gap": float(gap.mean()), "largest |log ratio|": float(gap.max())}
-
-
-def time_update(policy, prompts, cfg, peak_flops):
-    """An update on G random responses of full length to each prompt. Without Adam's step: its states would
-    take 28 GiB more for the 3B."""
-    N, model, C = len(prompts) * cfg.group_size, policy.model, cfg.max_new_tokens
-    rollouts = rollouts_of([p for p in prompts for _ in range(cfg.group_size)], [C] * N)
-    metrics, seconds = timed(lambda: grpo_step(policy, rollouts, cfg)[1])
-    assert metrics["grad_norm"] > 0 and not metrics["skipped_updates"]
-    parts = model.get_decoder().layers, model.base_model.visual, model.get_output_embeddings()
-    layers, vision, head = (sum(p.numel() for p in part.parameters()) for part in parts)
-    T, patches = prompts[0].inputs["input_ids"].shape[1], len(prompts[0].inputs["pixel_values"])
-    through = (len(prompts) if policy.fast else N) * (layers * T + vision * patches)
-    # Per weight and token: 2 FLOPs forward, 2 to recompute it, 4 backward. Attention's own are left out.
-    return speed(seconds, C * N, 8 * (through + (layers + head) * C * N), peak_flops)
-
-
-def gpu_3b(folder, cfg, tiny):
-    """Random float32 weights, bf16 compute, checkpointing, prompts of 1,000 tokens (900 a picture's). Yields
-    whether a row is a failure."""
-    few, many, short, long, side = (2, 4, 6, 12, 56) if tiny else (8, 32, 512, 2048, 840)
-    # The dry run's responses are all of full length.
-    cfg = replace(cfg, stage="dryrun", max_pixels=side**2, temperature=1.0, generate_batch_size=1024)
-    flops, bandwidth = ceilings(*((256, 2**20) if tiny else (8192, 2**32)))
-    yield report("ceilings", lambda: {"TFLOP/s": flops / 1e12, "TB/s": bandwidth / 1e12})
-    model = pebr.load_policy(f"{folder}/model", cfg).model if tiny else random_3b(folder)
-    model.to(pebr.accelerator.device)
-    # load_policy itself chooses engine and attention, on weights that are in memory already.
-    pebr.AutoModelForImageTextToText.from_pretrained = lambda *_, **__: (model, {"missing_keys": []})
-    Image.effect_noise((side, side), 100).save(folder / "noise.png")
-    row = Row("", "0", "red " * 93, "1", [f"{folder}/noise.png"])
-    for fast in (True, False):
-        model.set_attn_implementation("sdpa")
-        policy = pebr.load_policy(f"{folder}/model", replace(cfg, fast=fast)).train()
-        policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": side**2}
-        prompts = [pebr.encode_prompt(policy, row, cfg, i) for i in range(many)]
-        configs = model.config.text_config, model.config.vision_config
-        engine = " and ".join(config._attn_implementation for config in configs)
-        for work in (time_update, time_rollout):  # loads kernels
-            work(policy, prompts[:1], replace(cfg, max_new_tokens=2), 1)
-        for C in (short, long):
-            c, what = replace(cfg, max_new_tokens=C), f"update, 16 x {C} tokens, {engine}"
-            yield report(what, time_update, policy, prompts[:2], c, flops)
-        for C, P in itertools.product((short, long) if fast else (short,), (few, many)):
-            c, what = replace(cfg, max_new_tokens=C), f"rollout, {8 * P} x {C} tokens, {engine}"
-            yield report(what, time_rollout, policy, prompts[:P], c, bandwidth)
-
-
 def gpu(size=""):
-    """Takes nine minutes. Prints a table, and exits with 1 if a part failed."""
+    """Takes about nine minutes (not tried). Prints a table, and exits with 1 if a part failed."""
     if not (size or torch.cuda.is_available()):
         return print("no GPU")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    device, card = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
+    bandwidth, flops = ceilings(device, *((256, 2**20) if size else (8192, 2**32)))
+    print(f"| {card} | {bandwidth / 1e12:.3g} TB/s, {flops / 1e12:.4g} TFLOP/s |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        folder, cfg = Path(name), Config(prompt_file=f"{name}/prompt.txt")
+        folder = Path(name)
         data.build_toy_world(name, 0, replace(TINY, vision_layers=2))  # one layer in windows, one without
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        print(f"| {device}, torch {torch.__version__} |  |\n| --- | --- |", flush=True)
-        pebr.accelerator = Accelerator(cpu=device == "CPU", mixed_precision="no")
-        failed = [report("float32", gpu_float32, folder, cfg), report("FSDP2", gpu_fsdp2, folder)]
-        pebr.accelerator.state._reset_state()  # which allows another precision
-        pebr.accelerator = Accelerator(cpu=device == "CPU", mixed_precision="bf16")
-        sys.exit(any([*failed, *gpu_3b(folder, cfg, size == "tiny")]))
+        failed = [report("float32", gpu_engines, folder), report("FSDP2", gpu_fsdp2, folder)]
+        peer_world(folder / "3b", 840)
+        config = hf.AutoConfig.from_pretrained(folder / "3b" / "model")
+        if not size:
+            marks = {mark: getattr(config, mark) for mark in pebr.MARK_IDS if hasattr(config, mark)}
+            shape = {"text_config": TEXT_3B, "vision_config": VISION_3B, "tie_word_embeddings": True}
+            config = hf.Qwen2_5_VLConfig(**shape, **marks)
+
+        def random_model(where):  # made there, past disk and CPU memory
+            with torch.device(where):
+                return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+        loaded = lambda *_, **__: (random_model(device), {"missing_keys": []})
+        hf.AutoModelForImageTextToText.from_pretrained, torch.optim.AdamW.step = loaded, lambda *_: None
+        cases = [(512, 8), (512, 32), (2048, 8), (2048, 32)]
+        for fast, (C, P) in itertools.product((True, False), [(2, 1), *([(6, 2)] if size else cases)]):
+            if fast or C < 2048:  # the first of an engine loads kernels
+                read, computed = least_work(random_model("meta"), fast, P, C)
+                how = "--fast" if fast else "--no-fast", P, C, (read / bandwidth, computed / flops)
+                failed.append(report(f"{8 * P} x {C} tokens, {how[0]}", gpu_step, folder, *how))
+        sys.exit(any(failed))
 
 
 if __name__ == "__main__":
