@@ -103,10 +103,8 @@ def prompts_of(policy, cfg, tmp_path, pictures=([(56, 56)], [(112, 84)])):
 
 def rollouts_of(prompts, lengths):
     """Rollouts of random tokens, prompts in turn."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(10, 60, (n,), generator=generator) for n in lengths]
-    prompts = itertools.cycle(prompts)
-    return [Rollout(prompt, t, "", False, torch.zeros(len(t))) for prompt, t in zip(prompts, tokens)]
+    tokens = torch.randint(10, 60, (sum(lengths),), generator=pebr.seeded("")).split(lengths)
+    return [Rollout(p, t, old_logprobs=torch.zeros(len(t))) for p, t in zip(itertools.cycle(prompts), tokens)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,18 +227,17 @@ def test_the_grader_gives_the_persons_verdict_on_all_clear_pairs():
 
 
 def test_no_answer_makes_the_grader_fail_or_slow():
-    rng, tests, seconds = random.Random(0), [pair[:2] for pair, _ in CLEAR], []
+    rng, seconds = random.Random(0), []
     pieces = r"\frac \sqrt \text{ \boxed{ and 1 234 23 0.5 1e9 cm m/s or yes ** sin ∪ million 1,234".split()
     pieces += [*"{}()[]^_+-*/=<≤|,.:%$1xyπ∞Bº°½²√的 \n", " and "]
-    for _ in range(1_000):
-        text, other = ["".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400] for _ in range(2)]
-        tests.append((text, rng.choice([other, text + " ", "5", "x^2+1", "(1,2)", "y<3x", "red", "B"])))
-    for piece in pieces:
-        golds = ("5", "x+1", "a b", piece * (399 // len(piece)))
-        tests += [(piece * (400 // len(piece)), gold) for gold in golds]
-    for part in "9^ - π+ 1+ ,111 1e999* 7e999/3e-998* (x+1/97)^200*".split():
-        tests += [("1" + part * (390 // len(part)) + "1", gold) for gold in ("5", "√2", "x")]
-    tests += [("(" * 199 + "1" + ")" * 199, "1"), ("1 234" * 80, "5"), ("1" + " " * 398 + "1", "5")]
+    made = lambda: "".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400]
+    tests = [(made(), rng.choice([made(), "5", "x^2+1", "(1,2)", "y<3x", "red", "B"])) for _ in range(1_000)]
+    long = [piece * (400 // len(piece)) for piece in pieces]
+    inner = "9^ - π+ 1+ ,111 1e999* 7e999/3e-998* (x+1/97)^200*".split()
+    long += ["1" + part * (390 // len(part)) + "1" for part in inner]
+    long += ["(" * 199 + "1" + ")" * 199, "1 234" * 80, "1" + " " * 398 + "1"]
+    tests += [*itertools.product(long, ("5", "x+1", "√2", "a b")), *(pair[:2] for pair, _ in CLEAR)]
+    tests += [(piece * (400 // len(piece)), piece * (399 // len(piece))) for piece in pieces]
     gc.disable()  # or the garbage of other tests would count
     for answer, gold in tests:
         start = time.thread_time()
@@ -343,6 +340,9 @@ TEXT = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
 SMALL_CLIP = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
 
 
+open_clip = lambda: importlib.import_module("open_clip")  # takes 50 MiB of the memory that `trl` measures
+
+
 def noise_pictures(count, size=(48, 40)):
     noise = [random.Random(i).randbytes(36) for i in range(count)]  # coarse: 4 x 3 pixels, enlarged
     return [Image.frombytes("RGB", (4, 3), colors).resize(size, Image.BILINEAR) for colors in noise]
@@ -350,11 +350,9 @@ def noise_pictures(count, size=(48, 40)):
 
 def clip_folder(folder, config=SMALL_CLIP, kind="CLIP", **text_cfg):
     """An open_clip folder with random weights, large enough ones that every token counts."""
-    import open_clip  # here and below: `trl` measures memory, and this takes 50 MiB
-
     config = config | {"text_cfg": config["text_cfg"] | text_cfg}
     torch.manual_seed(0)
-    model = getattr(open_clip, kind)(**config)
+    model = getattr(open_clip(), kind)(**config)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
     folder.mkdir(exist_ok=True)
@@ -471,13 +469,11 @@ def fg_clip_checkpoint(folder):
 @torch.no_grad()
 def test_fg_clip_scores_as_its_authors_do(tmp_path):
     """They squash a picture to a square and pad a text with end marks to 248 tokens; here from 5 and 202."""
-    import open_clip
-
     original, pictures = fg_clip_checkpoint(tmp_path), noise_pictures(2)
     texts = ["a red circle", "One blue square is left of two green triangles, " * 20]
     squares = [picture.resize((56, 56), Image.BICUBIC) for picture in pictures]
     pixels = hf.CLIPImageProcessor(do_resize=False, do_center_crop=False)(squares, return_tensors="pt")
-    ids = [[49406, *open_clip.SimpleTokenizer().encode(text)] for text in texts]
+    ids = [[49406, *open_clip().SimpleTokenizer().encode(text)] for text in texts]
     ids = torch.tensor([known + [49407] * (248 - len(known)) for known in ids])
     seen, said = original.get_image_features(**pixels), original.get_text_features(input_ids=ids)
     expected = F.cosine_similarity(seen.pooler_output[:, None], said.pooler_output, dim=-1).flatten()
@@ -495,7 +491,7 @@ def bench_clip() -> None:
     with tempfile.TemporaryDirectory() as folder:
         toy, large = Path(folder, "toy CLIP"), Path(folder, "ViT-B-32")
         data.build_toy_clip(toy, 0, TINY)
-        clip_folder(large, importlib.import_module("open_clip").get_model_config("ViT-B-32"))
+        clip_folder(large, open_clip().get_model_config("ViT-B-32"))
         for path, way in itertools.product((toy, large), (one_call_each, rewards.ClipScorer.cosines)):
             work = lambda: way(scorer, lists, texts)
             scorer = rewards.ClipScorer(f"local-dir:{path}")
@@ -503,9 +499,8 @@ def bench_clip() -> None:
 
 
 def print_hacks() -> None:
-    print("| response | stage 1 | stage 2 |\n|---|---|---|")
     for name, (response, *_) in HACKS.items():
-        print("| {} | {:.2f} | {:.2f} |".format(name, *earnings(response)))
+        print("{}: {:.2f} in stage 1, {:.2f} in stage 2".format(name, *earnings(response)))
 
 
 def judge(name: str, answer: str, gold: str, choices=None) -> bool:
@@ -565,9 +560,8 @@ def write_rows(path, *rows):
     return str(path)
 
 
-LIST = '"choices" must be a list of texts'
-BROKEN_ROWS = {"json": [  # a good row, another, what is needed; how a row is changed, and the message
-    (ROW, {"qid": "2"}, "key_words"),
+@pytest.mark.parametrize("kind, row, last, need, broken", [  # a good row, how it is changed, and the message
+  ("json", ROW, {"qid": "2"}, ["answer", "key_words"], [
     ({}, "qid 1 is already that of rows.json row 0"), ({"problem": " "}, '"problem" is missing, empty or'),
     ({"level": math.nan}, "can hold (Out of range float"), ({"problem": "\ud800"}, "surrogates not allowed"),
     ({"key_words": []}, 'no "key_words", which'), ({"key_words": [3]}, '"key_words" must be a list of texts'),
@@ -577,25 +571,25 @@ BROKEN_ROWS = {"json": [  # a good row, another, what is needed; how a row is ch
     ({"images": ["a.png", "a.png"]}, "<image> marks for 2"), ({"images": ["b.png"]}, "b.png is not in"),
     ({"images": ["../secret.png"]}, "outside the image"), ({"images": ["link.png"]}, "outside the image"),
     ({"images": ["a.png\0"]}, "is not in"), ({"images": ["pipe.png"]}, "or is no regular file"),
-], "tsv": [
-    ({"answer": "x"}, {"image": "0"}),
+  ]),
+  ("tsv", {"answer": "x"}, {"image": "0"}, ["answer"], [
     ({"image": "7"}, "image cell '7' is no picture, nor the index of one"),
     ({"image": "6"}, "image cell '6' is no picture"),  # a link to the last row, which is a link
-    ({"choices": "[__import__('os').system('true')]"}, LIST), ({"A": "", "B": "b"}, LIST),
+    ({"choices": "[__import__('os').system('true')]"}, '"choices" must be a list of texts'),
+    ({"A": "", "B": "b"}, '"choices" must be a list'),
     ({"choices": str(["a"] * 10_000)}, "not too long: ['a', 'a'"),
-]}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BROKEN_ROWS)
-def test_a_broken_row_is_named_with_its_reason_and_the_others_are_kept(kind, tmp_path):
+  ]),
+], ids=["json", "tsv"])  # fmt: skip
+def test_a_broken_row_is_named_with_its_reason_and_the_others_are_kept(
+    kind, row, last, need, broken, tmp_path
+):
     root = tmp_path / "root"
     root.mkdir(), picture(root / "a.png"), picture(tmp_path / "secret.png"), os.mkfifo(root / "pipe.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "summary.json").write_text('{"image_root": "/"}')  # which must not count
-    (row, last, *need), *broken = BROKEN_ROWS[kind]
     changes, reasons = zip(*broken)
     path = write_rows(root / f"rows.{kind}", row, *[row | change for change in changes], row | last)
-    kept, problems = data.load_rows(path, need=("answer", *need))
+    kept, problems = data.load_rows(path, need=need)
     assert [row.where for row in kept] == [f"rows.{kind} row {i}" for i in (0, len(reasons) + 1)]
     for i, (problem, reason) in enumerate(zip(problems, reasons, strict=True), 1):
         assert problem.startswith(f"rows.{kind} row {i}: ") and reason in problem and len(problem) < 600
@@ -636,17 +630,18 @@ def test_a_data_file_is_read_or_says_why_not(kind, content, expected, tmp_path):
 
 
 def test_image_marks_place_the_pictures_and_all_stages_ask_in_the_same_words(tmp_path):
-    content = lambda row: data.chat_messages(row, "Q: {question}!")[-1]["content"]
-    parts = lambda row: [part.get("text", "IMG") for part in content(row)]
-    assert parts(Row("", "", "a <image> b <image>", "", ["x"] * 2)) == ["Q: a ", "IMG", " b ", "IMG", "!"]
-    assert parts(Row("", "", "a b", "", ["x"] * 2)) == ["IMG", "IMG", "Q: a b!"]
     picture(tmp_path / "a.png")
     system, own = {"role": "system", "content": "Be brief."}, "Write ### Image Description: first. q"
     messages = [system, {**SAID, "content": own}, REPLY]
-    path = write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": messages})
-    warmup, with_own = data.load_rows(path, need=("answer", "response"))[0]
-    assert parts(warmup) == ["IMG", "Q: q!"] and parts(with_own) == ["IMG", own]
-    assert data.chat_messages(with_own, "")[0]["content"] == [{"type": "text", "text": "Be brief."}]
+    rows, _ = data.load_rows(write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": messages}))
+    rows += [Row("", "", question, "", ["x"] * 2) for question in ("a <image> b <image>", "a b")]
+    asked = [data.chat_messages(row, "Q: {question}!") for row in rows]
+    warmup, with_own, marked, unmarked = (
+        [part.get("text", "IMG") for part in user["content"]] for *_, user in asked
+    )
+    assert warmup == ["IMG", "Q: q!"] and with_own == ["IMG", own]
+    assert marked == ["Q: a ", "IMG", " b ", "IMG", "!"] and unmarked == ["IMG", "IMG", "Q: a b!"]
+    assert asked[1][0]["content"] == [{"type": "text", "text": "Be brief."}]
 
 
 @pytest.mark.parametrize("name, columns, expected", [  # what is read: problem, answer, choices, category
@@ -684,7 +679,6 @@ def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path_and_predictions_go
 
 BMP, RED, GRAY, WHITE = saved("RGB", kind="BMP"), (255, 0, 0), (128, 128, 128), (255, 255, 255)
 claimed = lambda side: BMP[:18] + side.to_bytes(4, "little") * 2 + BMP[26:]  # but has 8 x 6 pixels
-FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 6), "blue")]}
 
 
 @pytest.mark.parametrize("content, expected", [  # content; the color that it has, or the message
@@ -694,8 +688,7 @@ FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 6), "blue")]}
     (saved("I", 70_000, "TIFF"), "mode I has no agreed"), (saved("CMYK", (0, 255, 255, 0), "TIFF"), RED),
     (saved("I;16", 32_896), GRAY),  # 32,896 / 257; Pillow's own conversion clips it to white
     (saved("LA", (1, 127)), GRAY),  # half transparent: 1 * 127 / 255 + 255 * 128 / 255 = 128.5, cut off
-    (saved("RGB", RED, "GIF", **FRAMES), RED), (saved("P", 0, transparency=0), WHITE),
-    (saved("RGB", RED, transparency=RED), WHITE),
+    (saved("P", 0, transparency=0), WHITE), (saved("RGB", RED, transparency=RED), WHITE),
 ], ids=itertools.count())  # fmt: skip
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_is_read_as_people_see_it_or_says_why_not(content, expected, tmp_path):
@@ -815,13 +808,12 @@ def test_the_ratio_is_clipped_only_on_the_right_side_of_each_sign(ratio, advanta
 
 
 def grpo_step(policy, rollouts, cfg, reference=None):
-    """One step of the real loop on these rollouts, with rewards 1, 0 and 0.5 in turn. Returns the gradients
+    """One step of the real loop on these rollouts, with rewards 0, 0.5 and 1 in turn. Returns the gradients
     of its last update, which changes no weight, and the line of metrics."""
     gradients, rows = {}, [r.prompt.row for r in rollouts[:: cfg.group_size]]
     named = lambda: ((n, p.grad) for n, p in policy.model.named_parameters() if p.grad is not None)
     given = dict(load_policy=policy, load_reference=reference, grpo_rows=rows, generate_rollouts=rollouts)
-    rewards = zip(itertools.cycle([1.0, 0.0, 0.5]), rollouts)
-    given["score_parts"] = [{"accuracy": reward, "format": 0.0} for reward, _ in rewards]
+    given["score_parts"] = [{"accuracy": i % 3 / 2, "format": 0.0} for i in range(len(rollouts))]
     cfg = replace(cfg, stage="reasoning", batch_size=len(rows), grad_clip_norm=1e9, max_steps=1)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(torch.optim.AdamW, "step", lambda *_: gradients.update(named()))
@@ -842,9 +834,8 @@ def grouped_rollouts(policy, cfg, tmp_path):
 def test_only_the_first_updates_old_logprobs_are_its_own(policy, cfg, tmp_path, monkeypatch):
     """Its ratio is exactly one. The second one's are the sampler's, off by log 1.25 here, within the clip."""
     rollouts, losses = grouped_rollouts(policy, cfg, tmp_path)[:12], calls_of("grpo_loss", monkeypatch)
-    with torch.no_grad():
-        logprobs, _, _ = policy(rollouts, cfg.temperature)
-    for rollout, row in zip(rollouts, logprobs):
+    logprobs, _, _ = policy(rollouts, cfg.temperature)
+    for rollout, row in zip(rollouts, logprobs.detach()):
         rollout.old_logprobs = row[: len(rollout.tokens)] - math.log(1.25)
     gradients, metrics = grpo_step(policy, rollouts, replace(cfg, update_batch_size=2, micro_batch_size=6))
     first, second = ((new - old)[mask.bool()].exp().tolist() for new, old, _, _, mask, *_ in losses)
@@ -874,10 +865,9 @@ def family(request, toy, tmp_path_factory):
     if kind == "llava":
         text, sides, marks["image_seq_length"] = hf.LlamaConfig(**text), dict(height=28, width=28), 4
         vision = hf.CLIPVisionConfig(**vision, num_hidden_layers=2, num_attention_heads=4, image_size=28)
-        own = dict(patch_size=14, image_token="<|image_pad|>", num_additional_image_tokens=1)
-        own |= dict(vision_feature_select_strategy="default", chat_template=data.CHAT_TEMPLATE)
         images = hf.CLIPImageProcessor(size=sides, crop_size=sides)
-        processor = hf.LlavaProcessor(images, processor.tokenizer, **own)
+        own = (14, "default", data.CHAT_TEMPLATE, "<|image_pad|>")  # of pictures without the CLS token
+        processor = hf.LlavaProcessor(images, processor.tokenizer, *own, num_additional_image_tokens=1)
     else:
         vision |= dict(depth=2, num_heads=4, out_hidden_size=64, embed_dim=64, mlp_ratio=2)
         vision |= dict(num_position_embeddings=64, fullatt_block_indexes=[1], deepstack_visual_indexes=[0])
@@ -958,17 +948,20 @@ def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, 
 
 
 def test_sampled_tokens_have_the_distribution_of_transformers_warpers_and_their_full_logprob():
-    generator, draws = torch.Generator().manual_seed(0), 40_000
-    logits = torch.randn(60, generator=generator) * 2
-    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0)):
-        expected = logits[None].index_fill(1, torch.tensor([3, 7]), float("-inf"))
-        expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(temperature)(None, expected))
-        expected, noise = expected.softmax(-1)[0], torch.rand(draws, pebr.NOISE, generator=generator)
-        tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), noise, temperature, top_p, [3, 7])
+    """Of bf16 logits, as in float32. The two most likely tokens are banned."""
+    draws, logits = 40_000, (2 * torch.randn(60, generator=pebr.seeded("logits"))).bfloat16()
+    noise, banned = torch.rand(draws, pebr.NOISE, generator=pebr.seeded("noise")), logits.topk(2).indices
+    allowed, full = logits.float()[None].index_fill(1, banned, float("-inf")), logits.float()
+    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0), (0.0, 1.0)):
+        scale = temperature or 1.0
+        expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(scale)(None, allowed))
+        expected = expected.softmax(-1)[0] if temperature else F.one_hot(allowed[0].argmax(), 60)
+        how = noise, temperature, top_p, banned.tolist()
+        tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), *how)
         share = tokens.bincount(minlength=60) / draws
         # five standard deviations of a share, which are 0 where the expected share is
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
-        torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # before top-p
+        torch.testing.assert_close(logprobs, (full / scale).log_softmax(-1)[tokens])  # before top-p and ban
 
 
 def test_a_response_depends_on_seeds_and_position_and_not_on_its_batch(policy, cfg, tmp_path):
@@ -1053,11 +1046,10 @@ def test_the_folders_generation_config_does_not_leak_and_is_kept_on_saving(toy, 
 
 
 def test_special_tokens_are_not_doubled_and_warmup_labels_are_the_response_and_its_end(policy, cfg, toy):
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = policy.processor.tokenizer  # made one that adds a begin token by itself
     begin = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    tokenizer._tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[begin])
+    adds = data.tokenizers.processors.TemplateProcessing("<|im_start|> $A", special_tokens=[begin])
+    tokenizer._tokenizer.post_processor = adds
     for row in data.load_rows(str(toy / "sft.json"))[0][:3]:
         example = pebr.encode_example(policy, row, cfg)
         assert example.prompt.inputs["input_ids"][0].tolist().count(begin[1]) == 2  # user and assistant
@@ -1085,21 +1077,12 @@ def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(toy, cfg):
         assert buffer.dtype == torch.float32 and torch.equal(buffer, exact[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_vocabulary_is_scored_and_sampled_as_in_float64(dtype):
-    """The two most likely first tokens are banned."""
-    generator, V, rows = torch.Generator().manual_seed(0), 151_936, torch.arange(9)  # V of Qwen2.5-VL
-    logits, ids = 4 * torch.randn(9, V, generator=generator).to(dtype), torch.tensor([0, 75_000, V - 1] * 3)
-    full = (logits.double() / 1.2).log_softmax(-1)
-    exact = lambda values, expected: (values - expected).abs().max() < 1e-4
+def test_a_real_vocabulary_is_scored_as_in_float64():
+    logits = 4 * torch.randn(9, 151_936, generator=pebr.seeded("")).bfloat16()  # V of Qwen2.5-VL
+    ids, full = torch.arange(9) * 18_991, (logits.double() / 1.2).log_softmax(-1)
     logprobs, entropy = pebr.head_logprobs(torch.nn.Identity(), logits, ids, 1.2)
-    assert exact(logprobs, full[rows, ids]) and exact(entropy, -(full.exp() * full).sum(-1))
-    banned, noise = full[0].topk(2).indices, torch.rand(9, pebr.NOISE, generator=generator)
-    allowed = full.index_fill(1, banned, float("-inf"))
-    greedy, _ = pebr.sample_tokens(logits, noise, 0.0, 0.0, banned.tolist())
-    tokens, logprobs = pebr.sample_tokens(logits, noise, 1.2, 0.9, banned.tolist())
-    assert torch.equal(greedy, allowed.argmax(-1)) and allowed[rows, tokens].isfinite().all()
-    assert exact(logprobs, full[rows, tokens])
+    assert (logprobs - full[torch.arange(9), ids]).abs().max() < 1e-4
+    assert (entropy + (full.exp() * full).sum(-1)).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------
