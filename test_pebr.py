@@ -123,8 +123,6 @@ SEEN = "Two red dots."
     (GOOD.replace("### Rationales: Count. ", ""), SEEN, "2", False),  # section missing
     (GOOD.replace("Step 2", "Step 3"), SEEN, "2", False),  # steps out of order
     (GOOD + "\n### Image Description: A cat.", SEEN, "2", False),  # two descriptions: the first counts
-    (GOOD.replace("One, two.", "One. ### The final answer is: 5"), SEEN, "2", False),  # hidden in a step
-    (GOOD.replace("### The final answer is", "The final answer is"), SEEN, "", False),  # no heading
     (GOOD.replace("is: 2", "is:"), SEEN, "", False),  # truncated before the answer's first token
     (GOOD + "\nI hope this helps.", SEEN, "2", False),  # the answer section holds only the result
     (GOOD.split("### Rationales")[0], "", "", False),  # truncated in the description: none
@@ -338,8 +336,6 @@ CLIP_PICKLE, FG_WEIGHTS = "open_clip_pytorch_model.bin", "model.safetensors"
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
 TEXT = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
 SMALL_CLIP = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
-
-
 open_clip = lambda: importlib.import_module("open_clip")  # takes 50 MiB of the memory that `trl` measures
 
 
@@ -483,10 +479,8 @@ def test_fg_clip_scores_as_its_authors_do(tmp_path):
 
 
 def bench_clip() -> None:
-    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 15 to 45 words), the best of 5."""
-    rng = random.Random(0)
-    words = "a the red blue large small circle square is left right of and with".split()
-    texts = [" ".join(rng.choices(words, k=rng.randint(15, 45))) for _ in range(64)]
+    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 19 to 46 words), the best of 5."""
+    texts = [f"{i} " + "a red circle is left of the blue square " * (2 + i % 4) for i in range(64)]
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
     with tempfile.TemporaryDirectory() as folder:
         toy, large = Path(folder, "toy CLIP"), Path(folder, "ViT-B-32")
@@ -576,13 +570,10 @@ def write_rows(path, *rows):
     ({"image": "7"}, "image cell '7' is no picture, nor the index of one"),
     ({"image": "6"}, "image cell '6' is no picture"),  # a link to the last row, which is a link
     ({"choices": "[__import__('os').system('true')]"}, '"choices" must be a list of texts'),
-    ({"A": "", "B": "b"}, '"choices" must be a list'),
-    ({"choices": str(["a"] * 10_000)}, "not too long: ['a', 'a'"),
+    ({"A": "", "B": "b"}, '"choices" must be'), ({"choices": str(["a"] * 10_000)}, "not too long: ['a', 'a'"),
   ]),
 ], ids=["json", "tsv"])  # fmt: skip
-def test_a_broken_row_is_named_with_its_reason_and_the_others_are_kept(
-    kind, row, last, need, broken, tmp_path
-):
+def test_a_broken_row_says_why_and_the_others_are_kept(kind, row, last, need, broken, tmp_path):
     root = tmp_path / "root"
     root.mkdir(), picture(root / "a.png"), picture(tmp_path / "secret.png"), os.mkfifo(root / "pipe.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
@@ -636,11 +627,9 @@ def test_image_marks_place_the_pictures_and_all_stages_ask_in_the_same_words(tmp
     rows, _ = data.load_rows(write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": messages}))
     rows += [Row("", "", question, "", ["x"] * 2) for question in ("a <image> b <image>", "a b")]
     asked = [data.chat_messages(row, "Q: {question}!") for row in rows]
-    warmup, with_own, marked, unmarked = (
-        [part.get("text", "IMG") for part in user["content"]] for *_, user in asked
-    )
-    assert warmup == ["IMG", "Q: q!"] and with_own == ["IMG", own]
-    assert marked == ["Q: a ", "IMG", " b ", "IMG", "!"] and unmarked == ["IMG", "IMG", "Q: a b!"]
+    parts = [[part.get("text", "IMG") for part in user["content"]] for *_, user in asked]
+    assert parts[:2] == [["IMG", "Q: q!"], ["IMG", own]]
+    assert parts[2:] == [["Q: a ", "IMG", " b ", "IMG", "!"], ["IMG", "IMG", "Q: a b!"]]
     assert asked[1][0]["content"] == [{"type": "text", "text": "Be brief."}]
 
 
@@ -874,7 +863,6 @@ def family(request, toy, tmp_path_factory):
     config = hf.AutoConfig.for_model(kind, text_config=text, vision_config=vision, **marks)
     torch.manual_seed(0)
     model, folder = hf.AutoModelForImageTextToText.from_config(config), tmp_path_factory.mktemp("x") / kind
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -947,11 +935,11 @@ def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, 
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_sampled_tokens_have_the_distribution_of_transformers_warpers_and_their_full_logprob():
+def test_sampled_tokens_have_transformers_distribution_and_the_full_logprob_that_training_sees():
     """Of bf16 logits, as in float32. The two most likely tokens are banned."""
     draws, logits = 40_000, (2 * torch.randn(60, generator=pebr.seeded("logits"))).bfloat16()
     noise, banned = torch.rand(draws, pebr.NOISE, generator=pebr.seeded("noise")), logits.topk(2).indices
-    allowed, full = logits.float()[None].index_fill(1, banned, float("-inf")), logits.float()
+    allowed = logits.float()[None].index_fill(1, banned, float("-inf"))
     for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0), (0.0, 1.0)):
         scale = temperature or 1.0
         expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(scale)(None, allowed))
@@ -961,7 +949,11 @@ def test_sampled_tokens_have_the_distribution_of_transformers_warpers_and_their_
         share = tokens.bincount(minlength=60) / draws
         # five standard deviations of a share, which are 0 where the expected share is
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
-        torch.testing.assert_close(logprobs, (full / scale).log_softmax(-1)[tokens])  # before top-p and ban
+        full = (logits.float() / scale).log_softmax(-1)  # before top-p and ban
+        torch.testing.assert_close(logprobs, full[tokens])
+        scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits.repeat(9, 1), tokens[:9], scale)
+        torch.testing.assert_close(scored, logprobs[:9])
+        torch.testing.assert_close(entropy, -(full.exp() * full).sum().expand(9))
 
 
 def test_a_response_depends_on_seeds_and_position_and_not_on_its_batch(policy, cfg, tmp_path):
@@ -1075,14 +1067,6 @@ def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(toy, cfg):
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and "inv_freq" in str(exact.keys())
     for name, buffer in reference.named_buffers():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, exact[name]), name
-
-
-def test_a_real_vocabulary_is_scored_as_in_float64():
-    logits = 4 * torch.randn(9, 151_936, generator=pebr.seeded("")).bfloat16()  # V of Qwen2.5-VL
-    ids, full = torch.arange(9) * 18_991, (logits.double() / 1.2).log_softmax(-1)
-    logprobs, entropy = pebr.head_logprobs(torch.nn.Identity(), logits, ids, 1.2)
-    assert (logprobs - full[torch.arange(9), ids]).abs().max() < 1e-4
-    assert (entropy + (full.exp() * full).sum(-1)).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------
