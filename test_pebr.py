@@ -91,25 +91,20 @@ def picture(path, size=(56, 56), color=(200, 30, 30)):
     return str(path)
 
 
-QUESTIONS = ("red", "How many red objects are there ?")
-
-
-def prompts_of(policy, cfg, tmp_path, sizes=((56, 56), (112, 84)), words=QUESTIONS):
-    """One prompt per size (None: no picture), with questions of different lengths."""
+def prompts_of(policy, cfg, tmp_path, pictures=([(56, 56)], [(112, 84)])):
+    """One prompt per list of picture sizes, of different lengths."""
     prompts = []
-    for i, size in enumerate(sizes):
-        images = [picture(tmp_path / f"{i}.png", size)] if size else []
-        row = Row(f"row {i}", str(i), words[i % len(words)], "1", images)
+    for i, sizes in enumerate(pictures):
+        images = [picture(tmp_path / f"{i} {j}.png", size) for j, size in enumerate(sizes)]
+        row = Row(f"row {i}", str(i), "red " * (2 * i + 1) + "<image> and " * len(images), "1", images)
         prompts.append(pebr.encode_prompt(policy, row, cfg, i))
     return prompts
 
 
 def rollouts_of(prompts, lengths):
     """Rollouts of random tokens, prompts in turn."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(10, 60, (n,), generator=generator) for n in lengths]
-    prompts = itertools.cycle(prompts)
-    return [Rollout(prompt, t, "", False, torch.zeros(len(t))) for prompt, t in zip(prompts, tokens)]
+    tokens = torch.randint(10, 60, (sum(lengths),), generator=pebr.seeded("")).split(lengths)
+    return [Rollout(p, t, old_logprobs=torch.zeros(len(t))) for p, t in zip(itertools.cycle(prompts), tokens)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,7 +113,9 @@ def rollouts_of(prompts, lengths):
 GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's think step by step.
 ### Step 1: One, two. ### Step 2: So two. ### The final answer is: 2"""
 SEEN = "Two red dots."
-SECTIONS = [
+
+
+@pytest.mark.parametrize("text, description, answer, well_formed", [
     (GOOD, SEEN, "2", True),
     (GOOD.upper().replace("LET'S", "LET’S").replace(" ### R", "\n\n###R"), SEEN.upper(), "2", True),
     (GOOD.replace("is: 2", "is:\n\n  **2**\n"), SEEN, "**2**", True),  # on a later line
@@ -126,13 +123,15 @@ SECTIONS = [
     (GOOD.replace("### Rationales: Count. ", ""), SEEN, "2", False),  # section missing
     (GOOD.replace("Step 2", "Step 3"), SEEN, "2", False),  # steps out of order
     (GOOD + "\n### Image Description: A cat.", SEEN, "2", False),  # two descriptions: the first counts
-    (GOOD.replace("One, two.", "One. ### The final answer is: 5"), SEEN, "2", False),  # hidden in a step
-    (GOOD.replace("### The final answer is", "The final answer is"), SEEN, "", False),  # no heading
     (GOOD.replace("is: 2", "is:"), SEEN, "", False),  # truncated before the answer's first token
     (GOOD + "\nI hope this helps.", SEEN, "2", False),  # the answer section holds only the result
     (GOOD.split("### Rationales")[0], "", "", False),  # truncated in the description: none
-]
-KEYWORDS = [
+])  # fmt: skip
+def test_sections_are_parsed_once_and_in_order(text, description, answer, well_formed):
+    assert rewards.parse_response(text) == rewards.Response(description, answer, well_formed)
+
+
+@pytest.mark.parametrize("description, key_words, reward", [
     ("a category", ["cat"], 0), ("13 dots at 3.5 cm", ["3"], 0), ("there are 3.", ["3"], 1),  # parts
     ("A RED\n circle", ["red circle"], 1), ("a red square and a circle", ["red circle"], 0),  # a phrase
     ("as it is", ["A", "I"], 0), ("the angle at A", ["A", "B"], 0.5),  # a point is no article or pronoun
@@ -143,15 +142,7 @@ KEYWORDS = [
     ("1,000 people, 3.0 m", ["1000", "3"], 1), ("a 3cm line", ["3", "3 cm"], 1),  # numbers, units
     ("a line of 3 cm", ["3cm"], 1), ("30% and 40 percent", ["30 percent", "40%", "0%"], 2 / 3),
     ("三角形在左边", ["三角形"], 1), ("c++ (2)", ["c++", "(2)"], 1), ("", ["cat"], 0),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text, description, answer, well_formed", SECTIONS)
-def test_sections_are_parsed_once_and_in_order(text, description, answer, well_formed):
-    assert rewards.parse_response(text) == rewards.Response(description, answer, well_formed)
-
-
-@pytest.mark.parametrize("description, key_words, reward", KEYWORDS)
+])  # fmt: skip
 def test_keyword_reward_is_the_share_of_whole_words_named(description, key_words, reward):
     assert rewards.keyword_reward(description, key_words) == reward
 
@@ -171,16 +162,11 @@ def test_parts_that_do_not_apply_are_left_out_and_length_pays_up_to_512_tokens(t
     assert [scorer.scaled(cosine) for cosine in (-2, 3)] == [0, 1]  # clamped
 
 
-def test_stage_1_has_the_papers_weights_and_a_missing_part_is_an_error():  # stage 2: see the hacks
-    parts, weights = (
-        {"clip": 0.5, "keyword": 0.25, "format": 1, "length": 1},
-        rewards.STAGE_REWARDS["perception"],
-    )
-    total = 0.4 * 0.5 + 0.4 * 0.25 + 0.1 + 0.1
-    assert rewards.total_reward({**parts, "cosine": 9}, weights, "") == pytest.approx(total)
-    for broken in ({"keyword": 1.0}, {**parts, "clip": math.nan}, {**parts, "clip": math.inf}):
+def test_a_part_that_is_missing_or_not_finite_is_an_error_with_its_row():
+    parts, weights = {"keyword": 1.0, "format": 1, "length": 1}, rewards.STAGE_REWARDS["perception"]
+    for broken in ({}, {"clip": math.nan}, {"clip": math.inf}):
         with pytest.raises(ValueError, match="a.json row 7: the reward 'clip' is missing or not a finite"):
-            rewards.total_reward(broken, weights, "a.json row 7")
+            rewards.total_reward(parts | broken, weights, "a.json row 7")
 
 
 # Clear pairs of answer and gold (and choices), with a person's verdict
@@ -238,45 +224,18 @@ def test_the_grader_gives_the_persons_verdict_on_all_clear_pairs():
     assert [pair for pair, verdict in CLEAR if rewards.grade(*pair) is not verdict] == []
 
 
-def spelled_gold(rng) -> tuple:
-    """(kind, value) of a random gold, and its spellings."""
-    n, m = rng.randint(2, 9999), rng.randint(2, 99)
-    top, r = n + 100, " ".join(map(rng.choice, (("left", "big"), ("red", "blue"), ("cat", "dog"))))
-    return rng.choice([
-        ("number", n, [f"{n}", f"{n:,}", f"${n}$", rf"\boxed{{{n}}}", f"**{n}**.", f"{n} cm", f"x = {n}"]),
-        ("number", n / m, [f"{n}/{m}", rf"\frac{{{n}}}{{{m}}}", f"{2 * n}/{2 * m}", f"{n // m} {n % m}/{m}"]),
-        ("number", top / m, [f"{top}:{m}", f"{top} : {m}", f"{3 * top} to {3 * m}"]),
-        ("root", n * m * m, [rf"{m}\sqrt{{{n}}}", f"{m}√{n}", rf"{m} \cdot \sqrt {{{n}}}"]),
-        ("point", (n, m), [f"({n}, {m})", f"({n},{m})", rf"\left({n}, {m}\right)", f"$({n}; {m})$"]),
-        ("interval", (m, n), [f"[{m},{top})", f"x ∈ [{m}, {top})", f"{m} ≤ x < {top}"]),
-        ("set", (n, m), [f"{{{n},{-m}}}", rf"\{{{-m}, {n}\}}"]),
-        ("line", (n, m), [f"y={n}x+{m}", f"{n}x - y + {m} = 0", rf"f(x) = {m} + {n} \cdot x"]),
-        ("inequality", (n, m), [f"x^2 > {n}x - {m}", f"{n}x < x^2 + {m}", f"{2 * n}x-{2 * m} < 2x^2"]),
-        ("text", r, [r, r.title() + ".", f"the {r}", rf"\text{{{r}}}", f'"{r}"']),
-    ])  # fmt: skip
-
-
-def test_respellings_of_a_gold_are_accepted_and_different_golds_never():
-    rng = random.Random(0)
-    spelled = [spelled_gold(rng) for _ in range(1_000)]
-    golds = [(kind, value, *rng.choices(forms, k=2)) for kind, value, forms in spelled]
-    pairs = list(zip(golds, golds)) + [rng.choices(golds, k=2) for _ in range(10_000)]
-    assert [(a, b) for a, b in pairs if rewards.grade(a[2], b[3]) is not (a[:2] == b[:2])] == []
-
-
 def test_no_answer_makes_the_grader_fail_or_slow():
-    rng, tests, seconds = random.Random(0), [pair[:2] for pair, _ in CLEAR], []
+    rng, seconds = random.Random(0), []
     pieces = r"\frac \sqrt \text{ \boxed{ and 1 234 23 0.5 1e9 cm m/s or yes ** sin ∪ million 1,234".split()
     pieces += [*"{}()[]^_+-*/=<≤|,.:%$1xyπ∞Bº°½²√的 \n", " and "]
-    for _ in range(1_000):
-        text, other = ["".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400] for _ in range(2)]
-        tests.append((text, rng.choice([other, text + " ", "5", "x^2+1", "(1,2)", "y<3x", "red", "B"])))
-    for piece in pieces:
-        golds = ("5", "x+1", "a b", piece * (399 // len(piece)))
-        tests += [(piece * (400 // len(piece)), gold) for gold in golds]
-    for part in "9^ - π+ 1+ ,111 1e999* 7e999/3e-998* (x+1/97)^200*".split():
-        tests += [("1" + part * (390 // len(part)) + "1", gold) for gold in ("5", "√2", "x")]
-    tests += [("(" * 199 + "1" + ")" * 199, "1"), ("1 234" * 80, "5"), ("1" + " " * 398 + "1", "5")]
+    made = lambda: "".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400]
+    tests = [(made(), rng.choice([made(), "5", "x^2+1", "(1,2)", "y<3x", "red", "B"])) for _ in range(1_000)]
+    long = [piece * (400 // len(piece)) for piece in pieces]
+    inner = "9^ - π+ 1+ ,111 1e999* 7e999/3e-998* (x+1/97)^200*".split()
+    long += ["1" + part * (390 // len(part)) + "1" for part in inner]
+    long += ["(" * 199 + "1" + ")" * 199, "1 234" * 80, "1" + " " * 398 + "1"]
+    tests += [*itertools.product(long, ("5", "x+1", "√2", "a b")), *(pair[:2] for pair, _ in CLEAR)]
+    tests += [(piece * (400 // len(piece)), piece * (399 // len(piece))) for piece in pieces]
     gc.disable()  # or the garbage of other tests would count
     for answer, gold in tests:
         start = time.thread_time()
@@ -319,18 +278,19 @@ HACKS |= {f"answer {answer}": (instead("is: 7 cm", f"is: {answer}"), 4, 1, 0) fo
 
 
 def earnings(response: str) -> list[float]:
-    """Of stage 1 without CLIP's 0.4, and of stage 2. A word counts as a token."""
+    """Of stage 1, with all that CLIP can pay, and of stage 2. A word counts as a token."""
     prompt = pebr.Prompt(HACK_ROW, [], {})
     [parts] = rewards.score_parts([Rollout(prompt, response.split(), response)], None)
-    stages = rewards.STAGE_REWARDS["perception"] | {"clip": 0}, rewards.STAGE_REWARDS["reasoning"]
-    return [rewards.total_reward({"clip": 0} | parts, weights, "") for weights in stages]
+    stages = rewards.STAGE_REWARDS["perception"], rewards.STAGE_REWARDS["reasoning"]
+    return [rewards.total_reward({"clip": 1} | parts, weights, "") for weights in stages]
 
 
 @pytest.mark.parametrize("name", HACKS)
 def test_gaming_the_rewards_never_earns_more_than_an_honest_response(name):
+    """With the paper's weights: 0.4 of stage 1 are CLIP's, and 0.4 are for 4 keywords."""
     response, named, form, right = HACKS[name]
     length = min(1, 512 / len(response.split()))
-    expected = [0.1 * named + 0.1 * form + 0.1 * length, 0.9 * right + 0.1 * form]  # 0.4 for 4 keywords
+    expected = [0.4 + 0.1 * named + 0.1 * form + 0.1 * length, 0.9 * right + 0.1 * form]
     assert earnings(response) == pytest.approx(expected)
     assert all(a <= b for a, b in zip(earnings(response), earnings(HONEST)))
 
@@ -376,6 +336,7 @@ CLIP_PICKLE, FG_WEIGHTS = "open_clip_pytorch_model.bin", "model.safetensors"
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
 TEXT = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
 SMALL_CLIP = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+open_clip = lambda: importlib.import_module("open_clip")  # takes 50 MiB of the memory that `trl` measures
 
 
 def noise_pictures(count, size=(48, 40)):
@@ -385,11 +346,9 @@ def noise_pictures(count, size=(48, 40)):
 
 def clip_folder(folder, config=SMALL_CLIP, kind="CLIP", **text_cfg):
     """An open_clip folder with random weights, large enough ones that every token counts."""
-    import open_clip  # here and below: `trl` measures memory, and this takes 50 MiB
-
     config = config | {"text_cfg": config["text_cfg"] | text_cfg}
     torch.manual_seed(0)
-    model = getattr(open_clip, kind)(**config)
+    model = getattr(open_clip(), kind)(**config)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
     folder.mkdir(exist_ok=True)
@@ -459,7 +418,7 @@ def edit_weights(path, change):
     save_file(weights, path)
 
 
-BROKEN = [  # FG-CLIP or not, how a good folder is broken, and the message
+@pytest.mark.parametrize("fg, harm, reason", [  # FG-CLIP or not, how a good folder is broken, and the message
     (0, lambda f: clip_folder(f, tokenizer_kwargs={"trust_remote_code": True}), "trust_remote_code, which"),
     (0, lambda f: (f / CLIP_JSON).unlink(), CLIP_JSON),
     (0, lambda f: (f / CLIP_WEIGHTS).unlink(), "Required pretrained weights"),  # no random model
@@ -468,12 +427,9 @@ BROKEN = [  # FG-CLIP or not, how a good folder is broken, and the message
     (0, lambda f: torch.save(Payload(f / "ran"), (f / CLIP_WEIGHTS).rename(f / CLIP_PICKLE)), "Unpickling"),
     (1, lambda f: edit_weights(f / FG_WEIGHTS, lambda w: w.pop("text_filip_projection.weight")), "lack text"),
     (1, lambda f: edit_weights(f / FG_WEIGHTS, lambda w: w.pop("visual_projection.weight")), "Missing key"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("fg, harm, reason", BROKEN)
+])  # fmt: skip
 def test_a_broken_clip_folder_says_why_and_runs_no_code(fg, harm, reason, tmp_path):
-    fg_clip_checkpoint(tmp_path, 16, 32) if fg else clip_folder(tmp_path)
+    fg_clip_checkpoint(tmp_path) if fg else clip_folder(tmp_path)
     name = f"{'fg-clip' if fg else 'local-dir'}:{tmp_path}"
     harm(tmp_path)
     with pytest.raises(rewards.ClipError, match=f"(?s)--clip_model {name}: .*{re.escape(reason)}"):
@@ -481,11 +437,11 @@ def test_a_broken_clip_folder_says_why_and_runs_no_code(fg, harm, reason, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
-def fg_clip_checkpoint(folder, patch, image):
+def fg_clip_checkpoint(folder):
     """A folder in FG-CLIP v1's published layout with small random weights, and the model that its mode for
     long texts is: a CLIP of 248 positions, 20 of `_ori`, 228 of `_res`, and another text projection."""
     size = dict(intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, hidden_act="quick_gelu")
-    vision = {**size, "hidden_size": 96, "patch_size": patch, "image_size": image}
+    vision = {**size, "hidden_size": 96, "patch_size": 14, "image_size": 56}
     text = {**size, "hidden_size": 64, "eos_token_id": 49407, "max_position_embeddings": 248}
     torch.manual_seed(0)
     config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
@@ -493,11 +449,11 @@ def fg_clip_checkpoint(folder, patch, image):
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
     weights, place = model.state_dict(), "text_model.embeddings.position_embedding"
-    positions, other = weights[f"{place}.weight"], torch.randn(248, 64)
+    start, rest = weights[f"{place}.weight"].split([20, 228])
     weights["text_filip_projection.weight"] = weights["text_projection.weight"]
     weights |= {"text_projection.weight": torch.randn(32, 64), f"{place}.weight": torch.randn(77, 64)}
-    weights[f"{place}_ori.weight"] = torch.cat([positions[:20], other[20:]])
-    weights[f"{place}_res.weight"] = torch.cat([other[:20], positions[20:]])
+    weights[f"{place}_ori.weight"] = torch.cat([start, -rest])
+    weights[f"{place}_res.weight"] = torch.cat([-start, rest])
     save_file(weights | {"logit_scale_finegraind": torch.ones(1)}, folder / FG_WEIGHTS)
     config = config.to_dict() | {"auto_map": {"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"}}
     config["text_config"]["max_position_embeddings"] = 77
@@ -507,55 +463,38 @@ def fg_clip_checkpoint(folder, patch, image):
 
 
 @torch.no_grad()
-def fg_clip_cosine(model, image, text):
-    """As FG-CLIP's authors compute it: the picture squashed to a square, 248 tokens padded with end marks."""
-    import open_clip
-
-    side = model.config.vision_config.image_size
-    square = image.resize((side, side), Image.BICUBIC)
-    pixels = hf.CLIPImageProcessor(do_resize=False, do_center_crop=False)(square, return_tensors="pt")
-    ids = [49406, *open_clip.SimpleTokenizer().encode(text)]
-    ids = torch.tensor([ids + [49407] * (248 - len(ids))])
-    image = model.get_image_features(**pixels).pooler_output
-    return float(torch.cosine_similarity(image, model.get_text_features(input_ids=ids).pooler_output))
-
-
-@pytest.mark.parametrize("patch, image", [(16, 224), (14, 336)])  # base, large
-def test_fg_clip_scores_as_the_original_formula_says(patch, image, tmp_path):
-    original = fg_clip_checkpoint(tmp_path, patch, image)
-    scorer, pictures = rewards.ClipScorer(f"fg-clip:{tmp_path}"), noise_pictures(2, (80, 56))
-    # 5 and 202 tokens with marks
+def test_fg_clip_scores_as_its_authors_do(tmp_path):
+    """They squash a picture to a square and pad a text with end marks to 248 tokens; here from 5 and 202."""
+    original, pictures = fg_clip_checkpoint(tmp_path), noise_pictures(2)
     texts = ["a red circle", "One blue square is left of two green triangles, " * 20]
-    assert len(scorer.windows(texts[1])) == 1
-    pairs = [(picture, text) for text in texts for picture in pictures]
-    expected = [fg_clip_cosine(original, picture, text) for picture, text in pairs]
-    cosines = scorer.cosines([[picture] for picture, _ in pairs], [text for _, text in pairs])
-    assert cosines == pytest.approx(expected, abs=1e-5) and len({round(c, 3) for c in expected}) == 4
+    squares = [picture.resize((56, 56), Image.BICUBIC) for picture in pictures]
+    pixels = hf.CLIPImageProcessor(do_resize=False, do_center_crop=False)(squares, return_tensors="pt")
+    ids = [[49406, *open_clip().SimpleTokenizer().encode(text)] for text in texts]
+    ids = torch.tensor([known + [49407] * (248 - len(known)) for known in ids])
+    seen, said = original.get_image_features(**pixels), original.get_text_features(input_ids=ids)
+    expected = F.cosine_similarity(seen.pooler_output[:, None], said.pooler_output, dim=-1).flatten()
+    lists = [[picture] for picture in pictures for _ in texts]
+    cosines = rewards.ClipScorer(f"fg-clip:{tmp_path}").cosines(lists, texts * 2)
+    assert cosines == pytest.approx(expected.tolist(), abs=1e-5) and len({round(c, 3) for c in cosines}) == 4
 
 
 def bench_clip() -> None:
-    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 15 to 45 words), the best of 5."""
-    rng = random.Random(0)
-    words = "a the red blue large small circle square is left right of and with".split()
-    texts = [" ".join(rng.choices(words, k=rng.randint(15, 45))) for _ in range(64)]
+    """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 19 to 46 words), the best of 5."""
+    texts = [f"{i} " + "a red circle is left of the blue square " * (2 + i % 4) for i in range(64)]
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
-    toy, large = folders = [Path(tempfile.mkdtemp(), name) for name in ("toy CLIP", "ViT-B-32")]
-    data.build_toy_clip(toy, 0, TINY)
-    clip_folder(large, importlib.import_module("open_clip").get_model_config("ViT-B-32"))
-    print("| CLIP | one call each | batched | largest difference |\n|---|---|---|---|")
-    for folder in folders:
-        scorer = rewards.ClipScorer(f"local-dir:{folder}")
-        ways = [lambda: one_call_each(scorer, lists, texts), lambda: scorer.cosines(lists, texts)]
-        single, batched = [min(timeit.repeat(way, timer=time.process_time, number=1)) for way in ways]
-        gap = max(abs(a - b) for a, b in zip(*[way() for way in ways]))
-        print(f"| {folder.name} | {single:.3g} s | {batched:.3g} s ({single / batched:.1f} x) | {gap:.0e} |")
-        shutil.rmtree(folder.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        toy, large = Path(folder, "toy CLIP"), Path(folder, "ViT-B-32")
+        data.build_toy_clip(toy, 0, TINY)
+        clip_folder(large, open_clip().get_model_config("ViT-B-32"))
+        for path, way in itertools.product((toy, large), (one_call_each, rewards.ClipScorer.cosines)):
+            work = lambda: way(scorer, lists, texts)
+            scorer = rewards.ClipScorer(f"local-dir:{path}")
+            print(path.name, way.__name__, min(timeit.repeat(work, timer=time.process_time, number=1)))
 
 
 def print_hacks() -> None:
-    print("| response | stage 1 | stage 2 |\n|---|---|---|")
     for name, (response, *_) in HACKS.items():
-        print("| {} | {:.2f} | {:.2f} |".format(name, *earnings(response)))
+        print("{}: {:.2f} in stage 1, {:.2f} in stage 2".format(name, *earnings(response)))
 
 
 def judge(name: str, answer: str, gold: str, choices=None) -> bool:
@@ -574,17 +513,15 @@ def judge(name: str, answer: str, gold: str, choices=None) -> bool:
 def print_graders() -> None:
     """Ours and, after pip install mathruler==0.1.0 math-verify==0.9.0 pylatexenc==2.10, others, each in
     a process with 8 GiB that is killed if a verdict takes 20 seconds."""
-    print("| | agree with a person | wrongly accepted | wrongly rejected | hangs |\n|---|---|---|---|---|")
     for name in ("pebr", "mathruler", "math-verify"):
-        pool, counts = None, Counter()
+        pool, agreed = None, 0
         for pair, verdict in CLEAR:
             pool = pool or multiprocessing.Pool(1, resource.setrlimit, (resource.RLIMIT_AS, (2**33, 2**33)))
             try:
-                counts[pool.apply_async(judge, (name, *pair)).get(20), verdict] += 1
+                agreed += pool.apply_async(judge, (name, *pair)).get(20) is verdict
             except multiprocessing.TimeoutError:
-                pool, counts["hangs"] = pool.terminate(), counts["hangs"] + 1
-        agreed = f"{counts[True, True] + counts[False, False]} of {len(CLEAR)}"
-        print(f"| {name} | {agreed} | {counts[True, False]} | {counts[False, True]} | {counts['hangs']} |")
+                pool = pool.terminate()
+        print(f"{name} agrees with a person on {agreed} of {len(CLEAR)} pairs", flush=True)
 
 
 REWARD_COMMANDS = {"clip": bench_clip, "graders": print_graders, "hacks": print_hacks}
@@ -617,9 +554,8 @@ def write_rows(path, *rows):
     return str(path)
 
 
-LIST = '"choices" must be a list of texts'
-BROKEN_ROWS = {"json": [  # a good row, another, what is needed; how a row is changed, and the message
-    (ROW, {"qid": "2"}, "key_words"),
+@pytest.mark.parametrize("kind, row, last, need, broken", [  # a good row, how it is changed, and the message
+  ("json", ROW, {"qid": "2"}, ["answer", "key_words"], [
     ({}, "qid 1 is already that of rows.json row 0"), ({"problem": " "}, '"problem" is missing, empty or'),
     ({"level": math.nan}, "can hold (Out of range float"), ({"problem": "\ud800"}, "surrogates not allowed"),
     ({"key_words": []}, 'no "key_words", which'), ({"key_words": [3]}, '"key_words" must be a list of texts'),
@@ -629,34 +565,33 @@ BROKEN_ROWS = {"json": [  # a good row, another, what is needed; how a row is ch
     ({"images": ["a.png", "a.png"]}, "<image> marks for 2"), ({"images": ["b.png"]}, "b.png is not in"),
     ({"images": ["../secret.png"]}, "outside the image"), ({"images": ["link.png"]}, "outside the image"),
     ({"images": ["a.png\0"]}, "is not in"), ({"images": ["pipe.png"]}, "or is no regular file"),
-], "tsv": [
-    ({"answer": "x"}, {"image": "0"}),
+  ]),
+  ("tsv", {"answer": "x"}, {"image": "0"}, ["answer"], [
     ({"image": "7"}, "image cell '7' is no picture, nor the index of one"),
     ({"image": "6"}, "image cell '6' is no picture"),  # a link to the last row, which is a link
-    ({"choices": "[__import__('os').system('true')]"}, LIST), ({"A": "", "B": "b"}, LIST),
-    ({"choices": str(["a"] * 10_000)}, "not too long: ['a', 'a'"),
-]}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BROKEN_ROWS)
-def test_a_broken_row_is_named_with_its_reason_and_the_others_are_kept(kind, tmp_path):
+    ({"choices": "[__import__('os').system('true')]"}, '"choices" must be a list of texts'),
+    ({"A": "", "B": "b"}, '"choices" must be'), ({"choices": str(["a"] * 10_000)}, "not too long: ['a', 'a'"),
+  ]),
+], ids=["json", "tsv"])  # fmt: skip
+def test_a_broken_row_says_why_and_the_others_are_kept(kind, row, last, need, broken, tmp_path):
     root = tmp_path / "root"
     root.mkdir(), picture(root / "a.png"), picture(tmp_path / "secret.png"), os.mkfifo(root / "pipe.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "summary.json").write_text('{"image_root": "/"}')  # which must not count
-    (row, last, *need), *broken = BROKEN_ROWS[kind]
     changes, reasons = zip(*broken)
     path = write_rows(root / f"rows.{kind}", row, *[row | change for change in changes], row | last)
-    kept, problems = data.load_rows(path, need=("answer", *need))
+    kept, problems = data.load_rows(path, need=need)
     assert [row.where for row in kept] == [f"rows.{kind} row {i}" for i in (0, len(reasons) + 1)]
     for i, (problem, reason) in enumerate(zip(problems, reasons, strict=True), 1):
         assert problem.startswith(f"rows.{kind} row {i}: ") and reason in problem and len(problem) < 600
 
 
 NO_JSON = "neither a JSON list nor JSON lines, in UTF-8"
-GOOD_ROW = json.dumps({**ROW, "images": [], "problem": "q"}).encode()
+GOOD_ROW = json.dumps({**ROW, "qid": 1, "answer": 3, "images": [], "problem": "q"}).encode()
 HEADER, CELLS = b"index\timage\tquestion\tanswer\n", b"7\t" + b"A" * 80 + b"\tq\ta"
-FILES = [  # kind of the file, its bytes or its maker; the message, or the qids that it has
+
+
+@pytest.mark.parametrize("kind, content, expected", [  # bytes of the file or its maker; the message, or qids
     ("jsonl", GOOD_ROW + b'\n{"qid": "2', f"{NO_JSON} (Unterminated string starting at: line 2"),
     ("json", b"[" * 100_000, "maximum recursion depth"), ("json", os.mkfifo, "not a regular file"),
     ("json", b'[{"qid": ' + b"9" * 5000 + b"}]", "Exceeds the limit"),
@@ -665,17 +600,14 @@ FILES = [  # kind of the file, its bytes or its maker; the message, or the qids 
     ("json", b'[1, "x", null]', "row 2: a row must be a JSON object"),
     ("json", lambda path: os.symlink("/proc/self/mem", path), "cannot be read (Input/output"),
     ("json", b"\xef\xbb\xbf[" + GOOD_ROW + b"]", ["1"]),
-    ("jsonl", GOOD_ROW + b"\r\n\r\n" + GOOD_ROW.replace(b'"1"', '"line\u2028separator"'.encode()) + b"\r\n",
+    ("jsonl", GOOD_ROW + b"\r\n\r\n" + GOOD_ROW.replace(b": 1", ': "line\u2028separator"'.encode()) + b"\r\n",
      ["1", "line\u2028separator"]),
     ("tsv", b"image\tquestion\tanswer\n1\tq\ta\n", "needs columns index, question, answer"),
     ("tsv", HEADER[:-1] + b"\tanswer\n1\tx\tq\ta\tb\n", "each once: ['index'"),
     ("tsv", b"index\xff\timage\n", "no tab-separated table"),
     ("tsv", HEADER + b"1\tx\tq\n", "row 0: a row must be a JSON object, or have as many cells"),
     ("tsv", b"\xef\xbb\xbf" + HEADER.replace(b"\n", b"\r\n") + CELLS + b"\r\n", ["7"]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind, content, expected", FILES, ids=range(len(FILES)))
+], ids=itertools.count())  # fmt: skip
 def test_a_data_file_is_read_or_says_why_not(kind, content, expected, tmp_path):
     path = f"{tmp_path}/rows.{kind}"
     Path(path).write_bytes(content) if isinstance(content, bytes) else content(path)
@@ -688,30 +620,20 @@ def test_a_data_file_is_read_or_says_why_not(kind, content, expected, tmp_path):
     assert found == expected if isinstance(expected, list) else expected in found
 
 
-def test_a_row_resolves_its_pictures_and_options_and_keeps_its_raw_form(tmp_path):
-    (tmp_path / "own").mkdir()
-    raw = {**ROW, "qid": 2, "answer": 1, "problem": "q", "choices": ["red", "blue"]}  # an index of an option
-    path, image = write_rows(tmp_path / "own" / "rows.jsonl", raw), picture(tmp_path / "a.png")
-    shown, choices = "q\nOptions:\nA. red\nB. blue", raw["choices"]
-    expected = Row("rows.jsonl row 0", "2", shown, "B", [image], ["red dot"], choices, raw=raw)
-    assert data.load_rows(path, image_root=str(tmp_path)) == ([expected], [])
-
-
 def test_image_marks_place_the_pictures_and_all_stages_ask_in_the_same_words(tmp_path):
-    content = lambda row: data.chat_messages(row, "Q: {question}!")[-1]["content"]
-    parts = lambda row: [part.get("text", "IMG") for part in content(row)]
-    assert parts(Row("", "", "a <image> b <image>", "", ["x"] * 2)) == ["Q: a ", "IMG", " b ", "IMG", "!"]
-    assert parts(Row("", "", "a b", "", ["x"] * 2)) == ["IMG", "IMG", "Q: a b!"]
     picture(tmp_path / "a.png")
     system, own = {"role": "system", "content": "Be brief."}, "Write ### Image Description: first. q"
     messages = [system, {**SAID, "content": own}, REPLY]
-    path = write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": messages})
-    warmup, with_own = data.load_rows(path, need=("answer", "response"))[0]
-    assert parts(warmup) == ["IMG", "Q: q!"] and parts(with_own) == ["IMG", own]
-    assert data.chat_messages(with_own, "")[0]["content"] == [{"type": "text", "text": "Be brief."}]
+    rows, _ = data.load_rows(write_rows(tmp_path / "sft.json", CHAT, {**CHAT, "messages": messages}))
+    rows += [Row("", "", question, "", ["x"] * 2) for question in ("a <image> b <image>", "a b")]
+    asked = [data.chat_messages(row, "Q: {question}!") for row in rows]
+    parts = [[part.get("text", "IMG") for part in user["content"]] for *_, user in asked]
+    assert parts[:2] == [["IMG", "Q: q!"], ["IMG", own]]
+    assert parts[2:] == [["Q: a ", "IMG", " b ", "IMG", "!"], ["IMG", "IMG", "Q: a b!"]]
+    assert asked[1][0]["content"] == [{"type": "text", "text": "Be brief."}]
 
 
-KIT = [  # file, its columns; problem, answer, choices and category that are read
+@pytest.mark.parametrize("name, columns, expected", [  # what is read: problem, answer, choices, category
     ("MathVista", {"choices": "['2', '4']", "answer": "4", "answer_option": "B", "task": "t", "skills": "s",
                    "question": "Choices:\n(A) 2"}, ("Choices:\n(A) 2", "B", ["2", "4"], "t")),
     ("MathVision", {"question": "<image1>?", "choices": "[]", "answer": "7"}, ("<image1>?", "7", None, "")),
@@ -722,10 +644,7 @@ KIT = [  # file, its columns; problem, answer, choices and category that are rea
      ("Hint: h\nq\nOptions:\nA. x\nB. None", "B", ["x", "None"], "m")),
     ("HallusionBench", {"answer": "Yes", "l2-category": "chart"}, ("q", "Yes", None, "chart")),
     ("DynaMath", {"qid": "5", "varid": "1", "answer": "0.5"}, ("q", "0.5", None, "")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, columns, expected", KIT)
+])  # fmt: skip
 def test_the_papers_benchmarks_load_with_options_shown_once(name, columns, expected, tmp_path):
     [row], _ = data.load_rows(write_rows(tmp_path / f"{name}.tsv", columns), need=("answer",))
     assert row.qid == "0" and row.relaxed == ("Chart" in name)
@@ -737,35 +656,29 @@ def test_pictures_of_a_tsv_are_base64_a_link_a_list_or_a_path_and_predictions_go
     two = f"['{base64_picture('P', (30, 31))}', '{base64_picture('LA', (32, 33))}']"
     cells = [(base64_picture(), "no.png"), ("0", ""), (two, ""), ("", "a.png"), ("", "['a.png', 'b.png']")]
     sizes = [[(56, 28)], [(56, 28)], [(30, 31), (32, 33)], [(40, 30)], [(40, 30), (20, 30)]]
-    rows = [{"answer": "x\ny", "image": image, "image_path": path} for image, path in cells]
+    rows = [{"answer": "x", "image": image, "image_path": path} for image, path in cells]
     loaded, _ = data.load_rows(write_rows(tmp_path / "rows.tsv", *rows))
     assert [[data.load_image(image, 10**6).size for image in row.images] for row in loaded] == sizes
     again, _ = data.load_rows(write_rows(tmp_path / "easy.json", *[row.raw for row in loaded]))
     assert [row.images for row in again] == [row.images for row in loaded]  # as sampling writes them
-    records = [{"extracted": ["10"], "responses": ["..."]}, {"extracted": [""], "responses": ["It is\tx"]}]
-    data.write_tsv_predictions(str(tmp_path / "out.tsv"), loaded, records)
-    with open(tmp_path / "out.tsv", newline="") as file:
-        header, *written = csv.reader(file, delimiter="\t")
-    assert header == ["index", "question", "answer", "image_path", "prediction"]
-    assert written == [["0", "q", "x\ny", "no.png", "10"], ["1", "q", "x\ny", "", "It is\tx"]]
+    data.write_tsv_predictions(str(tmp_path / "out.tsv"), loaded[:1], [{"extracted": ["10"]}])
+    written = (tmp_path / "out.tsv").read_text()
+    assert written.split() == "index question answer image_path prediction 0 q x no.png 10".split()
 
 
 BMP, RED, GRAY, WHITE = saved("RGB", kind="BMP"), (255, 0, 0), (128, 128, 128), (255, 255, 255)
 claimed = lambda side: BMP[:18] + side.to_bytes(4, "little") * 2 + BMP[26:]  # but has 8 x 6 pixels
-FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 6), "blue")]}
-PICTURES = [  # content; the color that it has, or the message
+
+
+@pytest.mark.parametrize("content, expected", [  # content; the color that it has, or the message
     (claimed(9), "image file is truncated"), (claimed(30_000), "Image size (900000000 pixels) exceeds limit"),
     (claimed(12_000), "12000 x 12000 pixels, more than 67108864: reduce it"),
     (saved("RGB", RED, "EPS"), "cannot identify image file"),  # it is a program
     (saved("I", 70_000, "TIFF"), "mode I has no agreed"), (saved("CMYK", (0, 255, 255, 0), "TIFF"), RED),
     (saved("I;16", 32_896), GRAY),  # 32,896 / 257; Pillow's own conversion clips it to white
     (saved("LA", (1, 127)), GRAY),  # half transparent: 1 * 127 / 255 + 255 * 128 / 255 = 128.5, cut off
-    (saved("RGB", RED, "GIF", **FRAMES), RED), (saved("P", 0, transparency=0), WHITE),
-    (saved("RGB", RED, transparency=RED), WHITE),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("content, expected", PICTURES, ids=range(len(PICTURES)))
+    (saved("P", 0, transparency=0), WHITE), (saved("RGB", RED, transparency=RED), WHITE),
+], ids=itertools.count())  # fmt: skip
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_is_read_as_people_see_it_or_says_why_not(content, expected, tmp_path):
     (tmp_path / "a").write_bytes(content)
@@ -818,10 +731,9 @@ def test_random_input_ends_in_data_errors_and_nothing_else(tmp_path):
         write_rows(path, *rows)
         if rng.random() < 0.5:
             path.write_bytes(mutated(rng, path.read_bytes()))
+        need = rng.choice([(), ("answer", "key_words"), ("response",)])
         with suppress(DataError):
-            for row in data.load_rows(
-                str(path), need=rng.choice([(), ("answer", "key_words"), ("response",)])
-            )[0]:
+            for row in data.load_rows(str(path), need=need)[0]:
                 accepted += 1  # and can be asked and written
                 data.chat_messages(row, data.INSTRUCTION)
                 data.write_tsv_predictions(f"{tmp_path}/out", [row], [record])
@@ -834,23 +746,12 @@ def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_ofte
     said = [data.toy_response(question, toy) for question in asked]
     assert share(question.about in data.SHAPES for question in asked) == pytest.approx(0.1, abs=0.03)
     assert share("leave out" not in text for text in said) == pytest.approx(0.55, abs=0.04)
-    seen = {"circle": [], "square": [], "triangle": []}
+    seen = Counter()
     for question, text in zip(asked, said):
         for color, shape, place in question.scene:
-            seen[shape].append(f"{color} {shape} at {place}" in text.split("###")[1])
-    assert share(seen["triangle"]) == pytest.approx(0.25, abs=0.04)
-    assert all(seen["circle"] + seen["square"])
-
-
-def test_the_toy_world_follows_from_its_seed_and_is_made_once(toy, tmp_path):
-    data.build_toy_world(str(tmp_path), 0, TINY)
-    files = lambda folder: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert files(toy) == files(tmp_path) and len(files(toy)) > 40
-    (tmp_path / "sft.json").unlink()
-    data.build_toy_world(str(tmp_path), 0, TINY)
-    assert not (tmp_path / "sft.json").exists()  # a complete folder is left alone
-    with pytest.raises(DataError, match="was made with --seed 0 "):
-        data.build_toy_world(str(tmp_path), 1, TINY)
+            seen[shape, f"{color} {shape} at {place}" in text.split("###")[1]] += 1
+    assert seen["triangle", True] / seen["triangle", False] == pytest.approx(1 / 3, abs=0.06)
+    assert not seen["circle", False] + seen["square", False]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -876,7 +777,7 @@ def test_k3_is_never_negative_clamped_as_in_the_authors_code_and_added_with_its_
     assert loss.item() == pytest.approx(0.5 * (math.e - 2)) == 0.5 * metrics["kl"].item()  # exp(1) - 1 - 1
 
 
-RATIOS = [
+@pytest.mark.parametrize("ratio, advantage, loss, counted", [
     (1.0, 1.0, -1.0, ""),
     (1.4, 1.0, -1.3, "clipped_high"),  # clipped at 1 + 0.3
     (0.7, 1.0, -0.7, ""),  # a good token that has become unlikely may recover
@@ -885,10 +786,7 @@ RATIOS = [
     (5.0, -1.0, 3.0, "clipped_dual"),
     (5.0, 1.0, -1.3, "clipped_high"),  # dual clip is for negative advantages only
     (1e43, -1.0, 3.0, "clipped_dual"),  # infinite in float32, which must not make the gradient NaN
-]
-
-
-@pytest.mark.parametrize("ratio, advantage, loss, counted", RATIOS)
+])  # fmt: skip
 def test_the_ratio_is_clipped_only_on_the_right_side_of_each_sign(ratio, advantage, loss, counted):
     logprobs, one = torch.tensor([[math.log(ratio)]], requires_grad=True), torch.ones(1, 1)
     old, adv = torch.zeros(1, 1), torch.tensor([advantage])
@@ -899,13 +797,12 @@ def test_the_ratio_is_clipped_only_on_the_right_side_of_each_sign(ratio, advanta
 
 
 def grpo_step(policy, rollouts, cfg, reference=None):
-    """One step of the real loop on these rollouts, with rewards 1, 0 and 0.5 in turn. Returns the gradients
+    """One step of the real loop on these rollouts, with rewards 0, 0.5 and 1 in turn. Returns the gradients
     of its last update, which changes no weight, and the line of metrics."""
     gradients, rows = {}, [r.prompt.row for r in rollouts[:: cfg.group_size]]
     named = lambda: ((n, p.grad) for n, p in policy.model.named_parameters() if p.grad is not None)
     given = dict(load_policy=policy, load_reference=reference, grpo_rows=rows, generate_rollouts=rollouts)
-    rewards = zip(itertools.cycle([1.0, 0.0, 0.5]), rollouts)
-    given["score_parts"] = [{"accuracy": reward, "format": 0.0} for reward, _ in rewards]
+    given["score_parts"] = [{"accuracy": i % 3 / 2, "format": 0.0} for i in range(len(rollouts))]
     cfg = replace(cfg, stage="reasoning", batch_size=len(rows), grad_clip_norm=1e9, max_steps=1)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(torch.optim.AdamW, "step", lambda *_: gradients.update(named()))
@@ -917,10 +814,8 @@ def grpo_step(policy, rollouts, cfg, reference=None):
 
 def grouped_rollouts(policy, cfg, tmp_path):
     """Ragged groups of three: one picture, none, two; one-token responses."""
-    sizes, words = ((56, 56), (112, 84), None, (84, 84)), (*QUESTIONS, "all left", "blue")
-    prompts = prompts_of(policy, cfg, tmp_path, sizes, words)
-    images = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (84, 56))]
-    prompts.append(pebr.encode_prompt(policy, Row("", "2", "red <image> and blue <image>", "1", images), cfg))
+    pictures = [(56, 56)], [(168, 140)], [], [(84, 84)], [(56, 56), (84, 56)]
+    prompts = prompts_of(policy, cfg, tmp_path, pictures)
     lengths = [9, 1, 4, 7, 3, 2, 5, 5, 5, 1, 1, 1, 12, 12, 12]
     return rollouts_of([prompt for prompt in prompts for _ in range(3)], lengths)
 
@@ -928,9 +823,8 @@ def grouped_rollouts(policy, cfg, tmp_path):
 def test_only_the_first_updates_old_logprobs_are_its_own(policy, cfg, tmp_path, monkeypatch):
     """Its ratio is exactly one. The second one's are the sampler's, off by log 1.25 here, within the clip."""
     rollouts, losses = grouped_rollouts(policy, cfg, tmp_path)[:12], calls_of("grpo_loss", monkeypatch)
-    with torch.no_grad():
-        logprobs, _, _ = policy(rollouts, cfg.temperature)
-    for rollout, row in zip(rollouts, logprobs):
+    logprobs, _, _ = policy(rollouts, cfg.temperature)
+    for rollout, row in zip(rollouts, logprobs.detach()):
         rollout.old_logprobs = row[: len(rollout.tokens)] - math.log(1.25)
     gradients, metrics = grpo_step(policy, rollouts, replace(cfg, update_batch_size=2, micro_batch_size=6))
     first, second = ((new - old)[mask.bool()].exp().tolist() for new, old, _, _, mask, *_ in losses)
@@ -960,37 +854,49 @@ def family(request, toy, tmp_path_factory):
     if kind == "llava":
         text, sides, marks["image_seq_length"] = hf.LlamaConfig(**text), dict(height=28, width=28), 4
         vision = hf.CLIPVisionConfig(**vision, num_hidden_layers=2, num_attention_heads=4, image_size=28)
-        own = dict(patch_size=14, image_token="<|image_pad|>", num_additional_image_tokens=1)
-        own |= dict(vision_feature_select_strategy="default", chat_template=data.CHAT_TEMPLATE)
         images = hf.CLIPImageProcessor(size=sides, crop_size=sides)
-        processor = hf.LlavaProcessor(images, processor.tokenizer, **own)
+        own = (14, "default", data.CHAT_TEMPLATE, "<|image_pad|>")  # of pictures without the CLS token
+        processor = hf.LlavaProcessor(images, processor.tokenizer, *own, num_additional_image_tokens=1)
     else:
         vision |= dict(depth=2, num_heads=4, out_hidden_size=64, embed_dim=64, mlp_ratio=2)
         vision |= dict(num_position_embeddings=64, fullatt_block_indexes=[1], deepstack_visual_indexes=[0])
     config = hf.AutoConfig.for_model(kind, text_config=text, vision_config=vision, **marks)
     torch.manual_seed(0)
     model, folder = hf.AutoModelForImageTextToText.from_config(config), tmp_path_factory.mktemp("x") / kind
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
+def windows_one_by_one(query, key, value, ends, key_ends, longest, longest_key, scale):
+    """A stand-in for torch's varlen_attn, (patches, heads, dim), which only CUDA has."""
+    assert ends.dtype == torch.int32 and ends is key_ends
+    sizes = ends.diff().tolist()
+    assert max(sizes) == longest == longest_key
+    parts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (query, key, value)))
+    windows = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+    return torch.cat(windows, 1).transpose(0, 1)
+
+
 @pytest.fixture
-def policies(family, cfg):
-    """With shared prompts, if the family can, and without."""
+def policies(family, cfg, monkeypatch):
+    """As on CUDA, if the family can: with shared prompts and vision windows. Then the plain policy."""
+    monkeypatch.setattr(pebr, "varlen_attn", windows_one_by_one)
     policies = [pebr.load_policy(str(family), replace(cfg, fast=fast)) for fast in (True, False)]
     assert [policy.fast for policy in policies] == [family.name != "llava", False]
+    if policies[0].fast:
+        policies[0].model.config.vision_config._attn_implementation = "varlen_flash"
     return policies
 
 
-def test_sampling_and_training_have_the_logprobs_of_generate(policies, cfg, tmp_path):
+def test_sampling_and_training_have_the_logprobs_of_generate(policies, cfg, tmp_path, monkeypatch):
     """Fast decoding attends to the prompts' one cache, padded, while rows and whole prompts leave. Training
     sees shuffled micro-batches, then each response alone. generate has repeated prompts, and leaves the
     position state of another batch size on the model."""
     prompts = [r.prompt for r in grouped_rollouts(policies[0], cfg, tmp_path)][::3]
-    runs = [(prompts, 3, 0.0), (prompts, 3, 3.0), (prompts[2:3], 3, 3.0)]  # greedy; sampled; no picture
-    for batch, n, temperature in [*runs, (prompts, 1, 3.0)]:  # a row leaves with its prompt
+    runs = [(prompts, 3, 0.0), (prompts, 3, 3.0), (prompts[2:3], 6, 3.0)]  # greedy; sampled; no picture
+    monkeypatch.setattr(pebr, "LOGITS_CHUNK", 7)
+    for batch, n, temperature in [*runs, (prompts * 2, 1, 3.0)]:  # a row leaves with its prompt
         how = replace(cfg, max_new_tokens=40, temperature=temperature, top_p=0.9)
         made, expected = (pebr.generate_rollouts(policy, batch, n, how, "") for policy in policies)
         for i, (a, b) in enumerate(zip(made, expected, strict=True)):
@@ -1007,10 +913,12 @@ def test_sampling_and_training_have_the_logprobs_of_generate(policies, cfg, tmp_
                 torch.testing.assert_close(logprobs[mask.bool()], sampled, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_prefixes_and_micro_batches_change_no_gradient(checkpointing, policies, cfg, tmp_path):
-    """One row without padding that holds each prompt once, in four ragged micro-batches; plain, in one."""
+@pytest.mark.parametrize("again", [False, True])
+def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, cfg, tmp_path, monkeypatch):
+    """One row without padding that holds each prompt once, in four ragged micro-batches; plain, in one. All
+    windows of a vision layer in one call: a call and three host syncs for each would keep a GPU waiting."""
     seen, rollouts, reference = [], grouped_rollouts(policies[0], cfg, tmp_path), copy.deepcopy(policies[1])
+    windows = calls_of("varlen_attn", monkeypatch)
     reference.model.lm_head.weight.data *= 1.2
     look = lambda module, args, inputs: seen.append(inputs["input_ids"].shape)
     policies[0].model.base_model.register_forward_pre_hook(look, with_kwargs=True)
@@ -1018,8 +926,8 @@ def test_shared_prefixes_and_micro_batches_change_no_gradient(checkpointing, pol
         assert torch.allclose(fast, plain, atol=1e-4)
     prompts = sum(r.prompt.inputs["input_ids"].shape[1] for r in rollouts[::3])
     row = (1, prompts + sum(len(r.tokens) - 1 for r in rollouts))  # a response's last token is no input
-    assert seen == [row] or not policies[0].fast
-    cfgs = [replace(cfg, micro_batch_size=n, gradient_checkpointing=checkpointing) for n in (4, 15)]
+    assert (seen, len(windows)) == ([row], 2) or not policies[0].fast  # two vision layers
+    cfgs = [replace(cfg, micro_batch_size=n, gradient_checkpointing=again) for n in (4, 15)]
     steps = [grpo_step(policy, rollouts, how, reference) for policy, how in zip(policies, cfgs)]
     (gradients, line), (expected, other) = steps
     assert line == pytest.approx(other, rel=1e-3, abs=1e-5) and line["kl"] > 1e-4
@@ -1027,18 +935,25 @@ def test_shared_prefixes_and_micro_batches_change_no_gradient(checkpointing, pol
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_sampled_tokens_have_the_distribution_of_transformers_warpers_and_their_full_logprob():
-    generator, draws = torch.Generator().manual_seed(0), 40_000
-    logits = torch.randn(60, generator=generator) * 2
-    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0)):
-        expected = logits[None].index_fill(1, torch.tensor([3, 7]), float("-inf"))
-        expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(temperature)(None, expected))
-        expected, noise = expected.softmax(-1)[0], torch.rand(draws, pebr.NOISE, generator=generator)
-        tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), noise, temperature, top_p, [3, 7])
+def test_sampled_tokens_have_transformers_distribution_and_the_full_logprob_that_training_sees():
+    """Of bf16 logits, as in float32. The two most likely tokens are banned."""
+    draws, logits = 40_000, (2 * torch.randn(60, generator=pebr.seeded("logits"))).bfloat16()
+    noise, banned = torch.rand(draws, pebr.NOISE, generator=pebr.seeded("noise")), logits.topk(2).indices
+    allowed = logits.float()[None].index_fill(1, banned, float("-inf"))
+    for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0), (0.0, 1.0)):
+        scale = temperature or 1.0
+        expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(scale)(None, allowed))
+        expected = expected.softmax(-1)[0] if temperature else F.one_hot(allowed[0].argmax(), 60)
+        how = noise, temperature, top_p, banned.tolist()
+        tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), *how)
         share = tokens.bincount(minlength=60) / draws
         # five standard deviations of a share, which are 0 where the expected share is
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
-        torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # before top-p
+        full = (logits.float() / scale).log_softmax(-1)  # before top-p and ban
+        torch.testing.assert_close(logprobs, full[tokens])
+        scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits.repeat(9, 1), tokens[:9], scale)
+        torch.testing.assert_close(scored, logprobs[:9])
+        torch.testing.assert_close(entropy, -(full.exp() * full).sum().expand(9))
 
 
 def test_a_response_depends_on_seeds_and_position_and_not_on_its_batch(policy, cfg, tmp_path):
@@ -1048,13 +963,6 @@ def test_a_response_depends_on_seeds_and_position_and_not_on_its_batch(policy, c
     made = [pebr.generate_rollouts(policy, some, 4, how, seed) for some, how, seed in asked]
     together, first, second, *others = ([r.tokens.tolist() for r in rollouts] for rollouts in made)
     assert together == first + second and together not in others and len(set(map(str, together))) > 4
-
-
-def test_the_mask_keeps_the_first_end_token_and_drops_what_follows():
-    ids = torch.tensor([[7, 8, 2, 2, 2], [7, 8, 9, 10, 11], [7, 5, 2, 0, 0], [2, 2, 2, 2, 2]])
-    cut = pebr.cut_at_end(ids, ids / 10, end_ids=[2, 5])  # the padding is an end token, too
-    assert [len(tokens) for tokens, _ in cut] == [3, 5, 2, 1]  # the second one is truncated
-    assert all(torch.equal(row[: len(t)], t) and torch.equal(t / 10, p) for row, (t, p) in zip(ids, cut))
 
 
 def test_a_decoding_step_does_not_round_its_scores_before_the_softmax():
@@ -1074,10 +982,11 @@ def test_a_decoding_step_does_not_round_its_scores_before_the_softmax():
 
 
 def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg, tmp_path):
-    """Row r of 16 ends with its token r + 1. noise tells choose which row is which, and at which token."""
-    rows, seen, end = torch.arange(16.0), [], policy.end_ids[0]
+    """Row r of 16 ends with its token r + 1, but the last row does not end. noise tells choose which row is
+    which, and at which token."""
+    rows, seen, end = torch.arange(16.0), [], policy.end_ids[1]
     noise = torch.stack(torch.meshgrid(rows, rows, indexing="ij"), -1)
-    choose = lambda _, noise: (torch.where(noise[:, 0] == noise[:, 1], end, 20), noise[:, 0])
+    choose = lambda _, x: (torch.where((x[:, 0] == x[:, 1]) & (x[:, 0] < 15), end, 20), x[:, 0])
 
     def look(module, args, inputs):
         if cache := inputs.get("group_cache"):
@@ -1093,18 +1002,12 @@ def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg
     assert seen == list(zip(sizes, [2] * 7 + [1] * 8))  # the first prompt leaves with the last of its rows
 
 
-def test_autocast_casts_weights_once_a_rollout_and_attends_in_bf16(policy, cfg, tmp_path, monkeypatch):
-    """The cache is bf16, too, and is made whole. Flash attention does not take float32 beside bf16."""
-    policy.end_ids, prompts = [], prompts_of(policy, cfg, tmp_path)
-    attended = calls_of("group_attention", monkeypatch)
-    most_likely = lambda logits, noise: (logits.argmax(-1), logits[:, 0].float())
+def test_autocast_attends_in_bf16_to_a_cache_that_is_made_whole(policy, cfg, tmp_path, monkeypatch):
+    """Flash attention does not take float32 beside bf16."""
+    attended, prompts = calls_of("group_attention", monkeypatch), prompts_of(policy, cfg, tmp_path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        with torch.profiler.profile(record_shapes=True) as seen:
-            pebr.decode(policy, prompts, 2, 9, most_likely, torch.zeros(4, 9, 2))
         _, _, cache = pebr.prefill(policy, prompts, 3, 50)
         policy(rollouts_of(prompts, [3, 5]), 1.0)
-    casts = [event.input_shapes[0] for event in seen.events() if event.name == "aten::_to_copy"]
-    assert casts.count(list(policy.model.lm_head.weight.shape)) == 1
     inputs = [x for layer in (*cache.prompts, *cache.own, *(call[:3] for call in attended)) for x in layer]
     assert attended and {x.dtype for x in inputs} == {torch.bfloat16}
     assert {x.shape[:3] for layer in cache.own for x in layer} == {(6, 2, 50)}  # rows, kv heads, tokens
@@ -1135,11 +1038,10 @@ def test_the_folders_generation_config_does_not_leak_and_is_kept_on_saving(toy, 
 
 
 def test_special_tokens_are_not_doubled_and_warmup_labels_are_the_response_and_its_end(policy, cfg, toy):
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = policy.processor.tokenizer  # made one that adds a begin token by itself
     begin = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    tokenizer._tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[begin])
+    adds = data.tokenizers.processors.TemplateProcessing("<|im_start|> $A", special_tokens=[begin])
+    tokenizer._tokenizer.post_processor = adds
     for row in data.load_rows(str(toy / "sft.json"))[0][:3]:
         example = pebr.encode_example(policy, row, cfg)
         assert example.prompt.inputs["input_ids"][0].tolist().count(begin[1]) == 2  # user and assistant
@@ -1165,58 +1067,6 @@ def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(toy, cfg):
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and "inv_freq" in str(exact.keys())
     for name, buffer in reference.named_buffers():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, exact[name]), name
-
-
-def windows_one_by_one(query, key, value, ends, key_ends, longest, longest_key, scale):
-    """A stand-in for torch's varlen_attn, (patches, heads, dim)."""
-    assert ends.dtype == torch.int32 and ends is key_ends
-    sizes = ends.diff().tolist()
-    assert max(sizes) == longest == longest_key
-    parts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (query, key, value)))
-    windows = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
-    return torch.cat(windows, 1).transpose(0, 1)
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], indirect=True)
-def test_vision_attention_is_one_call_a_layer_and_equals_sdpa(family, cfg, tmp_path, monkeypatch):
-    """Several windows: a call and three host syncs for each would keep a GPU waiting."""
-    monkeypatch.setattr(pebr, "varlen_attn", windows_one_by_one)
-    policy, found, calls = pebr.load_policy(str(family), cfg), [], calls_of("varlen_attn", monkeypatch)
-    prompts = prompts_of(policy, cfg, tmp_path, sizes=((308, 196), (56, 56), (140, 84)))
-    batch, visual = pebr.collate(prompts, [], policy.pad_id), policy.model.base_model.visual
-    for implementation in ("sdpa", "varlen_flash"):
-        visual.config._attn_implementation = implementation
-        out = visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
-        found.append([out, *torch.autograd.grad(out.square().sum(), visual.blocks.parameters())])
-    assert len(calls) == len(visual.blocks) == 2
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_vocabulary_is_scored_and_sampled_as_in_float64(dtype, policy, cfg, tmp_path, monkeypatch):
-    """In chunks of 4 of 9 tokens. The two most likely first tokens are banned."""
-    torch.manual_seed(0)
-    V, rows, noise = 151_936, torch.arange(9), torch.rand(9, pebr.NOISE)  # V of Qwen2.5-VL
-    policy.model.lm_head = torch.nn.Linear(64, V, bias=False)
-    torch.nn.init.normal_(policy.model.lm_head.weight, std=0.5)
-    prompt = prompts_of(policy, cfg, tmp_path)[0]  # a response's last token is no input, so it may be any
-    rollouts = [Rollout(prompt, torch.tensor([10, 11, last])) for last in (0, 75_000, V - 1)]
-    monkeypatch.setattr(pebr, "LOGITS_CHUNK", 4)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logprobs, entropy, _ = policy(rollouts, 1.2)
-        logits = policy.model.lm_head(pebr.packed_states(policy, rollouts))
-    full = (logits.double() / 1.2).log_softmax(-1)  # (9, V)
-    exact = lambda values, expected: (values.flatten() - expected).abs().max() < 1e-4
-    assert logits.dtype == dtype and logprobs.std() > 0.5 and entropy.std() > 1e-3
-    assert exact(logprobs, full[rows, torch.cat([r.tokens for r in rollouts])])
-    assert exact(entropy, -(full.exp() * full).sum(-1))
-    banned = full[0].topk(2).indices
-    allowed = full.index_fill(1, banned, float("-inf"))
-    greedy, _ = pebr.sample_tokens(logits, noise, 0.0, 0.0, banned.tolist())
-    tokens, logprobs = pebr.sample_tokens(logits, noise, 1.2, 0.9, banned.tolist())
-    assert torch.equal(greedy, allowed.argmax(-1)) and allowed[rows, tokens].isfinite().all()
-    assert exact(logprobs, full[rows, tokens])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1291,10 +1141,7 @@ def device(where, bf16):
             yield patch
 
 
-PRECISIONS = [("no", 1e-4, 1e-5), ("bf16", 2e-2, 2e-2)]
-
-
-@pytest.mark.parametrize("precision, rel, absolute", PRECISIONS)
+@pytest.mark.parametrize("precision, rel, absolute", [("no", 1e-4, 1e-5), ("bf16", 2e-2, 2e-2)])
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_pretended_device_gives_the_cpus_values(fast, again, precision, rel, absolute, toy, cfg, tmp_path):
