@@ -956,6 +956,20 @@ def test_sampled_tokens_have_transformers_distribution_and_the_full_logprob_that
         torch.testing.assert_close(entropy, -(full.exp() * full).sum().expand(9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_real_vocabulary_is_sampled_and_scored_as_in_float64(dtype):
+    generator, V = pebr.seeded("vocabulary"), 151_936  # of Qwen2.5-VL
+    logits = (4 * torch.randn(9, V, generator=generator)).to(dtype)
+    tokens, logprobs = pebr.sample_tokens(
+        logits, torch.rand(9, pebr.NOISE, generator=generator), 1.2, 0.9, []
+    )
+    scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits, tokens, 1.2)
+    full = (logits.double() / 1.2).log_softmax(-1)
+    exact = full.gather(1, tokens[:, None])[:, 0]
+    expected = torch.stack([exact, exact, -(full.exp() * full).sum(-1)])
+    torch.testing.assert_close(torch.stack([logprobs, scored, entropy]).double(), expected, atol=1e-4, rtol=0)
+
+
 def test_a_response_depends_on_seeds_and_position_and_not_on_its_batch(policy, cfg, tmp_path):
     prompts, reseeded = prompts_of(policy, cfg, tmp_path), replace(cfg, seed=1)
     asked = [(prompts, cfg, "a"), (prompts[:1], cfg, "a"), (prompts[1:], cfg, "a")]
