@@ -101,12 +101,6 @@ def prompts_of(policy, cfg, tmp_path, pictures=([(56, 56)], [(112, 84)])):
     return prompts
 
 
-def rollouts_of(prompts, lengths):
-    """Rollouts of random tokens, prompts in turn."""
-    tokens = torch.randint(10, 60, (sum(lengths),), generator=pebr.seeded("")).split(lengths)
-    return [Rollout(p, t, old_logprobs=torch.zeros(len(t))) for p, t in zip(itertools.cycle(prompts), tokens)]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Rewards
 
@@ -813,11 +807,12 @@ def grpo_step(policy, rollouts, cfg, reference=None):
 
 
 def grouped_rollouts(policy, cfg, tmp_path):
-    """Ragged groups of three: one picture, none, two; one-token responses."""
+    """Ragged groups of three, of random tokens: one picture, none, two; one-token responses."""
     pictures = [(56, 56)], [(168, 140)], [], [(84, 84)], [(56, 56), (84, 56)]
     prompts = prompts_of(policy, cfg, tmp_path, pictures)
     lengths = [9, 1, 4, 7, 3, 2, 5, 5, 5, 1, 1, 1, 12, 12, 12]
-    return rollouts_of([prompt for prompt in prompts for _ in range(3)], lengths)
+    tokens = torch.randint(10, 60, (sum(lengths),), generator=pebr.seeded("")).split(lengths)
+    return [Rollout(prompts[i // 3], t, old_logprobs=torch.zeros(len(t))) for i, t in enumerate(tokens)]
 
 
 def test_only_the_first_updates_old_logprobs_are_its_own(policy, cfg, tmp_path, monkeypatch):
@@ -935,34 +930,28 @@ def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, 
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_sampled_tokens_have_transformers_distribution_and_the_full_logprob_that_training_sees():
+def test_sampled_tokens_have_transformers_distribution():
     """Of bf16 logits, as in float32. The two most likely tokens are banned."""
     draws, logits = 40_000, (2 * torch.randn(60, generator=pebr.seeded("logits"))).bfloat16()
     noise, banned = torch.rand(draws, pebr.NOISE, generator=pebr.seeded("noise")), logits.topk(2).indices
     allowed = logits.float()[None].index_fill(1, banned, float("-inf"))
     for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0), (0.0, 1.0)):
-        scale = temperature or 1.0
-        expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(scale)(None, allowed))
+        warmed = hf.TemperatureLogitsWarper(temperature or 1.0)(None, allowed)
+        expected = hf.TopPLogitsWarper(top_p)(None, warmed)
         expected = expected.softmax(-1)[0] if temperature else F.one_hot(allowed[0].argmax(), 60)
         how = noise, temperature, top_p, banned.tolist()
-        tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), *how)
+        tokens, _ = pebr.sample_tokens(logits.repeat(draws, 1), *how)
         share = tokens.bincount(minlength=60) / draws
         # five standard deviations of a share, which are 0 where the expected share is
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
-        full = (logits.float() / scale).log_softmax(-1)  # before top-p and ban
-        torch.testing.assert_close(logprobs, full[tokens])
-        scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits.repeat(9, 1), tokens[:9], scale)
-        torch.testing.assert_close(scored, logprobs[:9])
-        torch.testing.assert_close(entropy, -(full.exp() * full).sum().expand(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_vocabulary_is_sampled_and_scored_as_in_float64(dtype):
+def test_sampler_and_training_score_a_real_vocabulary_as_in_float64_before_top_p_and_ban(dtype):
     generator, V = pebr.seeded("vocabulary"), 151_936  # of Qwen2.5-VL
     logits = (4 * torch.randn(9, V, generator=generator)).to(dtype)
-    tokens, logprobs = pebr.sample_tokens(
-        logits, torch.rand(9, pebr.NOISE, generator=generator), 1.2, 0.9, []
-    )
+    noise, banned = torch.rand(9, pebr.NOISE, generator=generator), logits.argmax(-1).tolist()
+    tokens, logprobs = pebr.sample_tokens(logits, noise, 1.2, 0.9, banned)
     scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits, tokens, 1.2)
     full = (logits.double() / 1.2).log_softmax(-1)
     exact = full.gather(1, tokens[:, None])[:, 0]
@@ -1021,7 +1010,7 @@ def test_autocast_attends_in_bf16_to_a_cache_that_is_made_whole(policy, cfg, tmp
     attended, prompts = calls_of("group_attention", monkeypatch), prompts_of(policy, cfg, tmp_path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         _, _, cache = pebr.prefill(policy, prompts, 3, 50)
-        policy(rollouts_of(prompts, [3, 5]), 1.0)
+        policy(grouped_rollouts(policy, cfg, tmp_path), 1.0)
     inputs = [x for layer in (*cache.prompts, *cache.own, *(call[:3] for call in attended)) for x in layer]
     assert attended and {x.dtype for x in inputs} == {torch.bfloat16}
     assert {x.shape[:3] for layer in cache.own for x in layer} == {(6, 2, 50)}  # rows, kv heads, tokens
@@ -1032,10 +1021,8 @@ def test_an_image_token_is_never_sampled(policy, cfg, tmp_path):
     assert marks == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names.split()))
     cfg = replace(cfg, max_new_tokens=60, temperature=50.0, top_p=1.0)  # near uniform over some 80 tokens
     prompts = prompts_of(policy, cfg, tmp_path)
-    for banned in (marks, []):  # without the ban they do come
-        policy.banned_ids = banned
-        tokens = torch.cat([r.tokens for r in pebr.generate_rollouts(policy, prompts, 8, cfg, "")])
-        assert torch.isin(tokens, torch.tensor(marks)).any() == (banned == [])
+    tokens = torch.cat([r.tokens for r in pebr.generate_rollouts(policy, prompts, 8, cfg, "")])
+    assert not torch.isin(tokens, torch.tensor(marks)).any() and len(tokens.unique()) > 60
 
 
 def test_the_folders_generation_config_does_not_leak_and_is_kept_on_saving(toy, cfg, tmp_path):
