@@ -472,7 +472,7 @@ def test_fg_clip_scores_as_its_authors_do(tmp_path):
     assert cosines == pytest.approx(expected.tolist(), abs=1e-5) and len({round(c, 3) for c in cosines}) == 4
 
 
-def bench_clip() -> None:
+def clip() -> None:
     """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 19 to 46 words), the best of 5."""
     texts = [f"{i} " + "a red circle is left of the blue square " * (2 + i % 4) for i in range(64)]
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
@@ -486,7 +486,7 @@ def bench_clip() -> None:
             print(path.name, way.__name__, min(timeit.repeat(work, timer=time.process_time, number=1)))
 
 
-def print_hacks() -> None:
+def hacks() -> None:
     for name, (response, *_) in HACKS.items():
         print("{}: {:.2f} in stage 1, {:.2f} in stage 2".format(name, *earnings(response)))
 
@@ -504,7 +504,7 @@ def judge(name: str, answer: str, gold: str, choices=None) -> bool:
     return False
 
 
-def print_graders() -> None:
+def graders() -> None:
     """Ours and, after pip install mathruler==0.1.0 math-verify==0.9.0 pylatexenc==2.10, others, each in
     a process with 8 GiB that is killed if a verdict takes 20 seconds."""
     for name in ("pebr", "mathruler", "math-verify"):
@@ -518,7 +518,6 @@ def print_graders() -> None:
         print(f"{name} agrees with a person on {agreed} of {len(CLEAR)} pairs", flush=True)
 
 
-REWARD_COMMANDS = {"clip": bench_clip, "graders": print_graders, "hacks": print_hacks}
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -571,7 +570,6 @@ def test_a_broken_row_says_why_and_the_others_are_kept(kind, row, last, need, br
     root = tmp_path / "root"
     root.mkdir(), picture(root / "a.png"), picture(tmp_path / "secret.png"), os.mkfifo(root / "pipe.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "summary.json").write_text('{"image_root": "/"}')  # which must not count
     changes, reasons = zip(*broken)
     path = write_rows(root / f"rows.{kind}", row, *[row | change for change in changes], row | last)
     kept, problems = data.load_rows(path, need=need)
@@ -740,12 +738,11 @@ def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_ofte
     said = [data.toy_response(question, toy) for question in asked]
     assert share(question.about in data.SHAPES for question in asked) == pytest.approx(0.1, abs=0.03)
     assert share("leave out" not in text for text in said) == pytest.approx(0.55, abs=0.04)
-    seen = Counter()
-    for question, text in zip(asked, said):
-        for color, shape, place in question.scene:
-            seen[shape, f"{color} {shape} at {place}" in text.split("###")[1]] += 1
-    assert seen["triangle", True] / seen["triangle", False] == pytest.approx(1 / 3, abs=0.06)
-    assert not seen["circle", False] + seen["square", False]
+    drawn = Counter(shape for question in asked for _, shape, _ in question.scene)
+    described = Counter("".join(text.split("###")[1] for text in said).split())
+    assert described["triangle"] / drawn["triangle"] == pytest.approx(0.25, abs=0.04)
+    taken = drawn["triangle"] - described["triangle"]
+    assert (described["circle"], described["square"]) == (drawn["circle"], drawn["square"] + taken)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -772,7 +769,6 @@ def test_k3_is_never_negative_clamped_as_in_the_authors_code_and_added_with_its_
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, counted", [
-    (1.0, 1.0, -1.0, ""),
     (1.4, 1.0, -1.3, "clipped_high"),  # clipped at 1 + 0.3
     (0.7, 1.0, -0.7, ""),  # a good token that has become unlikely may recover
     (0.7, -1.0, 0.8, "clipped_low"),  # clipped at 1 - 0.2
@@ -984,25 +980,21 @@ def test_a_decoding_step_does_not_round_its_scores_before_the_softmax():
     assert variation.max() < 0.004  # bf16 weights; rounded scores gave 0.1
 
 
-def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg, tmp_path):
+def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg, tmp_path, monkeypatch):
     """Row r of 16 ends with its token r + 1, but the last row does not end. noise tells choose which row is
     which, and at which token."""
-    rows, seen, end = torch.arange(16.0), [], policy.end_ids[1]
+    rows, end, calls = torch.arange(16.0), policy.end_ids[1], calls_of("float_scores", monkeypatch)
     noise = torch.stack(torch.meshgrid(rows, rows, indexing="ij"), -1)
     choose = lambda _, x: (torch.where((x[:, 0] == x[:, 1]) & (x[:, 0] < 15), end, 20), x[:, 0])
-
-    def look(module, args, inputs):
-        if cache := inputs.get("group_cache"):
-            seen.append((len(inputs["input_ids"]), len(cache.prompts[-1][0])))
-
-    policy.model.register_forward_pre_hook(look, with_kwargs=True)
     with torch.no_grad():
         responses = pebr.decode(policy, prompts_of(policy, cfg, tmp_path), 8, 16, choose, noise)
     assert [len(tokens) for tokens, _ in responses] == list(range(1, 17))
     assert all(set(logprobs.tolist()) == {row} for row, (_, logprobs) in enumerate(responses))
     # 15 of 16 go on: more than 7/8, none leaves; 14: two leave. So on to 8 rows, of which each is an eighth.
     sizes = [16, 14, 14, 12, 12, 10, 10, 8, 7, 6, 5, 4, 3, 2, 1]
-    assert seen == list(zip(sizes, [2] * 7 + [1] * 8))  # the first prompt leaves with the last of its rows
+    # A layer, of two, scores prompts, then rows. The first prompt leaves with the last of its rows.
+    seen = [(len(own[0]), len(prompts[0])) for prompts, own in zip(calls[::4], calls[1::4])]
+    assert seen == list(zip(sizes, [2] * 7 + [1] * 8))
 
 
 def test_autocast_attends_in_bf16_to_a_cache_that_is_made_whole(policy, cfg, tmp_path, monkeypatch):
@@ -1193,11 +1185,6 @@ SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max
 SMALL += " --micro_batch_size 3 --eval_samples 2"
 
 
-def words(*argv):
-    """Flags written in a row, as the shell would split them."""
-    return " ".join(map(str, argv)).split()
-
-
 @contextmanager
 def spread_rewards(module=pebr, levels=5):
     """A part of the reward follows from the text: so small a model earns nothing else and would not move."""
@@ -1231,9 +1218,11 @@ def calls_of(name, monkeypatch):
     return calls
 
 
+words = lambda *argv: " ".join(map(str, argv)).split()  # of a line, as the shell would split it
 read_json = lambda path: json.loads(path.read_text())
 read_lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
 weights_of = lambda folder: load_file(folder / "model.safetensors")
+peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of this process
 
 
 def files_of(folder):
@@ -1361,7 +1350,6 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
         assert [r["step"] for r in records] == [1, 2] and records[0].keys() == records[1].keys()
         assert all(0 < r["grad_norm"] < 100 for r in records)
         assert stage == "warmup" or {r["learning_rate"] for r in records} == {1e-4}  # constant
-        assert {"peak_gib", "update_s", "tokens_per_s"} <= read_lines(folder / "timing.jsonl")[0].keys()
         assert (folder / "done").exists() and not list(folder.glob("checkpoint*"))
         before, after = weights_of(toy_run / start), weights_of(folder)
         moved = {n for n in after if (after[n] - before[n]).abs().max() > 5e-5}  # not by weight decay alone
@@ -1518,8 +1506,7 @@ def night_sky(folder, clip):
     sky, say = {"source": "sky", "key_words": ["night sky"]}, lambda *x: dict(zip(("role", "content"), x))
     rl = [sky | {"qid": q, "problem": q, "answer": a, "images": i} for q, i, a in asked[:3]]
     sft = [{"messages": [say("user", q), say("assistant", text + a)], "images": i} for q, i, a in asked]
-    kit = {"question": "How bright ?", "A": "very", "B": "hardly", "answer": "A"}
-    kit = [kit | {"category": f"kind {i % 2}"} for i in range(3)]
+    kit = [{"question": "How bright ?", "A": "very", "B": "hardly", "answer": "A"}] * 3
     for name, rows in (("rl.json", rl), ("sft.json", sft), ("Kit.tsv", kit)):
         write_rows(folder / name, *rows)
     vocabulary = words("user assistant", text, *(f"{q} {a}".replace("<image>", "") for q, _, a in asked))
@@ -1546,7 +1533,6 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
         kit = list(csv.DictReader(file, delimiter="\t"))
     assert [row["index"] + row["A"] for row in kit] == ["0very", "1very", "2very"] and "image" not in kit[0]
     assert [row["prediction"] for row in kit] == [r["extracted"][0] or r["responses"][0] for r in records]
-    assert [kind["n"] for kind in scores["greedy"]["categories"].values()] == [2, 1]
     assert scores["greedy"]["format"] > 0.5  # it has learned to answer in sections
     monkeypatch.setattr(pebr, "generate_rollouts", None)
     path.unlink()  # what is saved is scored again, and not asked again
@@ -1556,15 +1542,12 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
         run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
 
 
-INTERRUPTED = [  # a stage, its calls before it is stopped, minutes between checkpoints, and the one it left
+@pytest.mark.parametrize("stage, call, calls, minutes, left", [  # stopped after so many calls; what is left
     ("warmup", "optimizer_step", 1, 0, "checkpoint-1"),
     ("warmup", "optimizer_step", 1, 15, ""),  # goes on from the start
     ("perception", "optimizer_step", 2, 0, "checkpoint-1"),
     ("sample", "generate_rollouts", 1, 0, ""),  # goes on with the questions that have no line
-]
-
-
-@pytest.mark.parametrize("stage, call, calls, minutes, left", INTERRUPTED)
+])  # fmt: skip
 def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, toy_run, tmp_path, monkeypatch):
     folder, before = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([getattr(pebr, call)] * calls)
     flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
@@ -1579,11 +1562,9 @@ def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, to
         patch.setattr(pebr, call, dies)
         run(folder.parent, flags)
     assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
-    [log] = {*folder.glob("metrics.jsonl"), *folder.glob("rollouts.jsonl")}
-    with open(log, "a") as file:
-        file.write(
-            '{"step": 2, "loss": 1}\n' * (stage != "sample") + '{"st'
-        )  # after the checkpoint, and torn
+    log, newer = ("rollouts", "") if stage == "sample" else ("metrics", '{"step": 2, "loss": 1}\n')
+    with open(folder / f"{log}.jsonl", "a") as file:
+        file.write(newer + '{"st')  # a line after the checkpoint's, and a torn one
     sent = calls_of("broadcast_object_list", monkeypatch)
     run(folder.parent, flags)
     assert files_of(folder) == files_of(toy_run / stage)
@@ -1743,23 +1724,16 @@ def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
 
 def peer_world(folder, side):
     """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
-    vocabulary, model, rows, rng = [f"w{i}" for i in range(2000)], folder / "model", [], random.Random(0)
-    sizes = replace(TINY, hidden=256, text_layers=4, vision_layers=4)
-    data.build_toy_model(model, 0, sizes, ["user", "assistant", *vocabulary])
+    model, sizes = folder / "model", replace(TINY, hidden=256, text_layers=4, vision_layers=4)
+    data.build_toy_model(model, 0, sizes, ["user", "assistant", *(f"w{i}" for i in range(2000))])
     processor = hf.AutoProcessor.from_pretrained(model)
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
     processor.save_pretrained(model)
     ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     hf.GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
-    for i in range(8):
-        image = picture(folder / f"{i}.png", (side, side), tuple(rng.choices(range(256), k=3)))
-        problem = " ".join(rng.choices(vocabulary, k=59))
-        rows.append({"qid": str(i), "problem": problem, "answer": "7", "images": [image]})
-    (folder / "rl.json").write_text(json.dumps(rows))
+    row = {"answer": "7", "images": [picture(folder / "a.png", (side, side))]}
+    write_rows(folder / "rl.json", *(row | {"qid": str(i), "problem": f"w{i} " * 59} for i in range(8)))
     (folder / "prompt.txt").write_text("{question}")
-
-
-peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def with_trl(folder, length, tick):
@@ -2067,4 +2041,4 @@ def gpu(size=""):
 
 
 if __name__ == "__main__":
-    (globals() | REWARD_COMMANDS)[sys.argv[1]](*sys.argv[2:])
+    globals()[sys.argv[1]](*sys.argv[2:])
