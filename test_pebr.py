@@ -1185,11 +1185,8 @@ SMALL += " --micro_batch_size 3 --eval_samples 2"
 def spread_rewards(module=pebr, levels=5):
     """A part of the reward follows from the text: so small a model earns nothing else and would not move."""
     score = module.score_parts
-
-    def spread(rollouts, *how):
-        earned = [zlib.crc32(r.text.encode()) % levels / (levels - 1) for r in rollouts]
-        return [part | {"format": reward} for part, reward in zip(score(rollouts, *how), earned)]
-
+    earned = lambda r: {"format": zlib.crc32(r.text.encode()) % levels / (levels - 1)}
+    spread = lambda rollouts, *how: [part | earned(r) for part, r in zip(score(rollouts, *how), rollouts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "score_parts", spread)
         yield
@@ -1310,9 +1307,7 @@ def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, 
             path.write_text(json.dumps(read_json(path) | own))
         (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
 
-    def swap(path, old, new):
-        path.write_bytes(path.read_bytes().replace(old, new))
-
+    swap = lambda path, old, new: path.write_bytes(path.read_bytes().replace(old, new))
     capped = b'"text_config": {"final_logit_softcapping": 30.0,'
     table = [
         (lambda f: (f / "config.json").write_text('{"a'), "Unterminated string"),
