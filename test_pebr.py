@@ -1695,77 +1695,6 @@ def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A measurement for the README: python test_pebr.py trl
-
-
-def peer_world(folder, side):
-    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
-    model, sizes = folder / "model", replace(TINY, hidden=256, text_layers=4, vision_layers=4)
-    data.build_toy_model(model, 0, sizes, ["user", "assistant", *(f"w{i}" for i in range(2000))])
-    processor = hf.AutoProcessor.from_pretrained(model)
-    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
-    processor.save_pretrained(model)
-    ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
-    hf.GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
-    row = {"answer": "7", "images": [picture(folder / "a.png", (side, side))]}
-    write_rows(folder / "rl.json", *(row | {"qid": str(i), "problem": f"w{i} " * 59} for i in range(8)))
-    (folder / "prompt.txt").write_text("{question}")
-
-
-def with_trl(folder, length, tick):
-    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Returns the MiB of its imports."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    imported, rows = peak_mib(), read_json(Path(folder, "rl.json"))
-    ask = lambda row: [{"role": "user", "content": row["problem"]}]
-    rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
-    settings = GRPOConfig(
-        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=5, save_strategy="no", report_to=[],
-        learning_rate=1e-6, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4,
-        temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
-        max_completion_length=length, model_init_kwargs={"dtype": "float32"})  # fmt: skip
-    reward = lambda completion_ids, **_: tick() or [float(sum(ids) % 7) for ids in completion_ids]
-    processor = hf.AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
-    given = {"train_dataset": Dataset.from_list(rows * 5), "processing_class": processor}
-    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **given).train()
-    return imported
-
-
-def with_pebr(folder, length, tick):
-    """Ours, the reasoning stage from the command line."""
-    imported, score = peak_mib(), pebr.score_parts
-    pebr.score_parts = lambda *args: tick() or score(*args)
-    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps 5
-        --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
-        --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
-    run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
-    return imported
-
-
-def cost(side, folder, length):
-    """CPU seconds of a step (from reward to reward; the median of the last three), peak MiB of this process,
-    and less that of imports."""
-    clocks, work = [], {"trl": with_trl, "pebr": with_pebr}[side]
-    imported = work(folder, int(length), lambda: clocks.append(time.process_time()))
-    _, *seconds = (b - a for a, b in itertools.pairwise(clocks))
-    print("COST", json.dumps([statistics.median(seconds), peak_mib(), peak_mib() - imported]))
-
-
-def trl():
-    """A GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
-    print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
-    print(" | ratio | less imports |\n" + "|---" * 8 + "|")
-    for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
-        with tempfile.TemporaryDirectory() as folder:
-            peer_world(Path(folder), side)
-            printed = [run_script("-W ignore", __file__, "cost", x, folder, length) for x in ("trl", "pebr")]
-        (s, mib, less), ours = (json.loads(text.split("COST")[1].splitlines()[0]) for text in printed)
-        compared = f"{s:.2f} | {ours[0]:.2f} | {s / ours[0]:.1f}x | {mib} | {ours[1]} | {ours[1] / mib:.2f}"
-        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {ours[2] / less:.2f} |", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Ablation and report
 
 
@@ -1903,7 +1832,75 @@ def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_r
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a GPU must show: `python test_pebr.py gpu`; `gpu tiny` takes every part through, on a CPU, too
+# Measurements: `python test_pebr.py trl`, and `gpu` for a card; `gpu tiny` tries each of its parts on a CPU
+
+
+def peer_world(folder, side):
+    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
+    model, sizes = folder / "model", replace(TINY, hidden=256, text_layers=4, vision_layers=4)
+    data.build_toy_model(model, 0, sizes, ["user", "assistant", *(f"w{i}" for i in range(2000))])
+    processor = hf.AutoProcessor.from_pretrained(model)
+    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
+    processor.save_pretrained(model)
+    ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    hf.GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
+    row = {"answer": "7", "images": [picture(folder / "a.png", (side, side))]}
+    write_rows(folder / "rl.json", *(row | {"qid": str(i), "problem": f"w{i} " * 59} for i in range(8)))
+    (folder / "prompt.txt").write_text("{question}")
+
+
+def with_trl(folder, length, tick):
+    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Returns the MiB of its imports."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    imported, rows = peak_mib(), read_json(Path(folder, "rl.json"))
+    ask = lambda row: [{"role": "user", "content": row["problem"]}]
+    rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
+    settings = GRPOConfig(
+        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=5, save_strategy="no", report_to=[],
+        learning_rate=1e-6, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4,
+        temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
+        max_completion_length=length, model_init_kwargs={"dtype": "float32"})  # fmt: skip
+    reward = lambda completion_ids, **_: tick() or [float(sum(ids) % 7) for ids in completion_ids]
+    processor = hf.AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
+    given = {"train_dataset": Dataset.from_list(rows * 5), "processing_class": processor}
+    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **given).train()
+    return imported
+
+
+def with_pebr(folder, length, tick):
+    """Ours, the reasoning stage from the command line."""
+    imported, score = peak_mib(), pebr.score_parts
+    pebr.score_parts = lambda *args: tick() or score(*args)
+    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps 5
+        --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
+        --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
+    run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
+    return imported
+
+
+def cost(side, folder, length):
+    """CPU seconds of a step (from reward to reward; the median of the last three), peak MiB of this process,
+    and less that of imports."""
+    clocks, work = [], {"trl": with_trl, "pebr": with_pebr}[side]
+    imported = work(folder, int(length), lambda: clocks.append(time.process_time()))
+    _, *seconds = (b - a for a, b in itertools.pairwise(clocks))
+    print("COST", json.dumps([statistics.median(seconds), peak_mib(), peak_mib() - imported]))
+
+
+def trl():
+    """A GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
+    print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
+    print(" | ratio | less imports |\n" + "|---" * 8 + "|")
+    for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
+        with tempfile.TemporaryDirectory() as folder:
+            peer_world(Path(folder), side)
+            printed = [run_script("-W ignore", __file__, "cost", x, folder, length) for x in ("trl", "pebr")]
+        (s, mib, less), ours = (json.loads(text.split("COST")[1].splitlines()[0]) for text in printed)
+        compared = f"{s:.2f} | {ours[0]:.2f} | {s / ours[0]:.1f}x | {mib} | {ours[1]} | {ours[1] / mib:.2f}"
+        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {ours[2] / less:.2f} |", flush=True)
+
 
 TEXT_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 151_936}
 TEXT_3B |= {"num_attention_heads": 16, "num_key_value_heads": 2}
