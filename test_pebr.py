@@ -32,7 +32,6 @@ import tempfile
 import time
 import timeit
 from xml.etree import ElementTree
-import zlib
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -219,7 +218,7 @@ def test_the_grader_gives_the_persons_verdict_on_all_clear_pairs():
 
 
 def test_no_answer_makes_the_grader_fail_or_slow():
-    rng, seconds = random.Random(0), []
+    rng = random.Random(0)
     pieces = r"\frac \sqrt \text{ \boxed{ and 1 234 23 0.5 1e9 cm m/s or yes ** sin ∪ million 1,234".split()
     pieces += [*"{}()[]^_+-*/=<≤|,.:%$1xyπ∞Bº°½²√的 \n", " and "]
     made = lambda: "".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400]
@@ -230,13 +229,11 @@ def test_no_answer_makes_the_grader_fail_or_slow():
     long += ["(" * 199 + "1" + ")" * 199, "1 234" * 80, "1" + " " * 398 + "1"]
     tests += [*itertools.product(long, ("5", "x+1", "√2", "a b")), *(pair[:2] for pair, _ in CLEAR)]
     tests += [(piece * (400 // len(piece)), piece * (399 // len(piece))) for piece in pieces]
-    gc.disable()  # or the garbage of other tests would count
+    gc.freeze()  # or a search for the garbage of other tests would count
     for answer, gold in tests:
         start = time.thread_time()
         rewards.grade(answer, gold), rewards.grade(answer, "B", [gold, "7"])
-        seconds.append(time.thread_time() - start)
-    gc.enable()
-    assert max(seconds) < 0.05
+        assert time.thread_time() - start < 0.05, (answer, gold)
 
 
 LOOK, STEP = "A red line of 7 cm, left of a blue square.", "Read the number."
@@ -1185,7 +1182,7 @@ SMALL += " --micro_batch_size 3 --eval_samples 2"
 def spread_rewards(module=pebr, levels=5):
     """A part of the reward follows from the text: so small a model earns nothing else and would not move."""
     score = module.score_parts
-    earned = lambda r: {"format": zlib.crc32(r.text.encode()) % levels / (levels - 1)}
+    earned = lambda r: {"format": len(r.text) % levels / (levels - 1)}
     spread = lambda rollouts, *how: [part | earned(r) for part, r in zip(score(rollouts, *how), rollouts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "score_parts", spread)
@@ -1430,9 +1427,8 @@ def test_difficulty_is_all_some_or_none_right_of_exactly_n():
     scores = {"0": [1.0] * 8, "1": [1.0] + [0.0] * 7, "2": [0.0] * 8, "3": [1.0] * 7 + [0.0]}
     split = pebr.split_by_difficulty(rows, scores, 8)
     assert split == {"easy": [rows[0]], "medium": [rows[1], rows[3]], "hard": [rows[2]]}
-    for n in (7, 16):
-        with pytest.raises(DataError, match=f"{n} scores, not 8"):
-            pebr.split_by_difficulty(rows[:1], {"0": [1.0] * n}, 8)
+    with pytest.raises(DataError, match="16 scores, not 8"):
+        pebr.split_by_difficulty(rows[:1], {"0": [1.0] * 16}, 8)
 
 
 def test_steps_cover_each_epoch_once():
