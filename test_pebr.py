@@ -101,7 +101,7 @@ def prompts_of(policy, cfg, tmp_path, pictures=([(56, 56)], [(112, 84)])):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rewards
+# Rewards, CLIP's last
 
 GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's think step by step.
 ### Step 1: One, two. ### Step 2: So two. ### The final answer is: 2"""
@@ -318,9 +318,6 @@ def test_scores_hold_interval_shares_and_categories_and_a_table_shows_them():
     assert table[1].split() == "m greedy 1.000 - - 0.000 15.0 0.500 0.206-1.000".split()  # 1 / (1 + z²)
     assert table[2].split() == "m sampled 0.500 0.500 0.250 0.500 15.0 0.500 0.125-0.875 pass@2 0.667".split()
 
-
-# ------------------------------------------------------------------------------------------------------------
-# CLIP
 
 CLIP_JSON, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CLIP_PICKLE, WEIGHTS = "open_clip_pytorch_model.bin", "model.safetensors"
@@ -741,7 +738,7 @@ def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_ofte
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Advantages and loss
+# Advantages, loss, rollouts and log-probs
 
 
 def test_advantages_use_the_unbiased_std_and_are_exactly_zero_in_a_tied_group():
@@ -823,10 +820,6 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted(policy, cfg, tmp_
     policy.model.lm_head.weight.register_hook(lambda gradient: gradient + math.inf)
     gradients, metrics = grpo_step(policy, grouped_rollouts(policy, cfg, tmp_path), cfg)
     assert gradients == {} and (metrics["skipped_updates"], metrics["grad_norm"]) == (1, "inf")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Prompts, rollouts and log-probs
 
 
 @pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"])
@@ -1691,7 +1684,7 @@ def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Ablation and report
+# Ablation and report; the README: what it names exists, its patches apply and train
 
 
 def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run, tmp_path):
@@ -1774,9 +1767,6 @@ def test_the_report_shows_all_stages_and_no_text_of_models_and_data_becomes_a_ta
     pebr.write_report(run_dir)
     assert page.read_bytes() == hostile
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The README: what it names exists, its patches apply and train
 
 README = (ROOT / "README.md").read_text()
 PATCHES = re.findall(r"\n([^\n]+)\n```diff\n\+\+\+ (\S+)\n(.*?)```", README, re.DOTALL)
