@@ -320,9 +320,8 @@ def test_scores_hold_interval_shares_and_categories_and_a_table_shows_them():
 
 CLIP_JSON, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CLIP_PICKLE, WEIGHTS = "open_clip_pytorch_model.bin", "model.safetensors"
-VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
-TEXT = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
-SMALL_CLIP = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+SMALL_CLIP = {"embed_dim": 32, "text_cfg": {"context_length": 40, "width": 32, "heads": 2, "layers": 2}}
+SMALL_CLIP["vision_cfg"] = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
 open_clip = lambda: importlib.import_module("open_clip")  # takes 50 MiB of the memory that `trl` measures
 
 
