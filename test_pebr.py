@@ -32,7 +32,6 @@ import tempfile
 import time
 import timeit
 from xml.etree import ElementTree
-import zlib
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -101,14 +100,8 @@ def prompts_of(policy, cfg, tmp_path, pictures=([(56, 56)], [(112, 84)])):
     return prompts
 
 
-def rollouts_of(prompts, lengths):
-    """Rollouts of random tokens, prompts in turn."""
-    tokens = torch.randint(10, 60, (sum(lengths),), generator=pebr.seeded("")).split(lengths)
-    return [Rollout(p, t, old_logprobs=torch.zeros(len(t))) for p, t in zip(itertools.cycle(prompts), tokens)]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Rewards
+# Rewards, CLIP's last
 
 GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's think step by step.
 ### Step 1: One, two. ### Step 2: So two. ### The final answer is: 2"""
@@ -116,7 +109,6 @@ SEEN = "Two red dots."
 
 
 @pytest.mark.parametrize("text, description, answer, well_formed", [
-    (GOOD, SEEN, "2", True),
     (GOOD.upper().replace("LET'S", "LET’S").replace(" ### R", "\n\n###R"), SEEN.upper(), "2", True),
     (GOOD.replace("is: 2", "is:\n\n  **2**\n"), SEEN, "**2**", True),  # on a later line
     ("Sure! " + GOOD, SEEN, "2", False),  # text before the first section
@@ -225,7 +217,7 @@ def test_the_grader_gives_the_persons_verdict_on_all_clear_pairs():
 
 
 def test_no_answer_makes_the_grader_fail_or_slow():
-    rng, seconds = random.Random(0), []
+    rng = random.Random(0)
     pieces = r"\frac \sqrt \text{ \boxed{ and 1 234 23 0.5 1e9 cm m/s or yes ** sin ∪ million 1,234".split()
     pieces += [*"{}()[]^_+-*/=<≤|,.:%$1xyπ∞Bº°½²√的 \n", " and "]
     made = lambda: "".join(rng.choices(pieces, k=rng.choice([3, 10, 40, 150])))[:400]
@@ -236,13 +228,11 @@ def test_no_answer_makes_the_grader_fail_or_slow():
     long += ["(" * 199 + "1" + ")" * 199, "1 234" * 80, "1" + " " * 398 + "1"]
     tests += [*itertools.product(long, ("5", "x+1", "√2", "a b")), *(pair[:2] for pair, _ in CLEAR)]
     tests += [(piece * (400 // len(piece)), piece * (399 // len(piece))) for piece in pieces]
-    gc.disable()  # or the garbage of other tests would count
+    gc.freeze()  # or a search for the garbage of other tests would count
     for answer, gold in tests:
         start = time.thread_time()
         rewards.grade(answer, gold), rewards.grade(answer, "B", [gold, "7"])
-        seconds.append(time.thread_time() - start)
-    gc.enable()
-    assert max(seconds) < 0.05
+        assert time.thread_time() - start < 0.05, (answer, gold)
 
 
 LOOK, STEP = "A red line of 7 cm, left of a blue square.", "Read the number."
@@ -328,14 +318,10 @@ def test_scores_hold_interval_shares_and_categories_and_a_table_shows_them():
     assert table[2].split() == "m sampled 0.500 0.500 0.250 0.500 15.0 0.500 0.125-0.875 pass@2 0.667".split()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# CLIP
-
 CLIP_JSON, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-CLIP_PICKLE, FG_WEIGHTS = "open_clip_pytorch_model.bin", "model.safetensors"
-VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
-TEXT = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
-SMALL_CLIP = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+CLIP_PICKLE, WEIGHTS = "open_clip_pytorch_model.bin", "model.safetensors"
+SMALL_CLIP = {"embed_dim": 32, "text_cfg": {"context_length": 40, "width": 32, "heads": 2, "layers": 2}}
+SMALL_CLIP["vision_cfg"] = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
 open_clip = lambda: importlib.import_module("open_clip")  # takes 50 MiB of the memory that `trl` measures
 
 
@@ -425,8 +411,8 @@ def edit_weights(path, change):
     (0, lambda f: os.truncate(f / CLIP_WEIGHTS, 900), "SafetensorError"),  # half a download
     (0, lambda f: edit_weights(f / CLIP_WEIGHTS, lambda w: w["text_projection"].fill_(math.nan)), "finite"),
     (0, lambda f: torch.save(Payload(f / "ran"), (f / CLIP_WEIGHTS).rename(f / CLIP_PICKLE)), "Unpickling"),
-    (1, lambda f: edit_weights(f / FG_WEIGHTS, lambda w: w.pop("text_filip_projection.weight")), "lack text"),
-    (1, lambda f: edit_weights(f / FG_WEIGHTS, lambda w: w.pop("visual_projection.weight")), "Missing key"),
+    (1, lambda f: edit_weights(f / WEIGHTS, lambda w: w.pop("text_filip_projection.weight")), "lack text"),
+    (1, lambda f: edit_weights(f / WEIGHTS, lambda w: w.pop("visual_projection.weight")), "Missing key"),
 ])  # fmt: skip
 def test_a_broken_clip_folder_says_why_and_runs_no_code(fg, harm, reason, tmp_path):
     fg_clip_checkpoint(tmp_path) if fg else clip_folder(tmp_path)
@@ -454,7 +440,7 @@ def fg_clip_checkpoint(folder):
     weights |= {"text_projection.weight": torch.randn(32, 64), f"{place}.weight": torch.randn(77, 64)}
     weights[f"{place}_ori.weight"] = torch.cat([start, -rest])
     weights[f"{place}_res.weight"] = torch.cat([-start, rest])
-    save_file(weights | {"logit_scale_finegraind": torch.ones(1)}, folder / FG_WEIGHTS)
+    save_file(weights | {"logit_scale_finegraind": torch.ones(1)}, folder / WEIGHTS)
     config = config.to_dict() | {"auto_map": {"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"}}
     config["text_config"]["max_position_embeddings"] = 77
     (folder / "config.json").write_text(json.dumps(config))
@@ -478,7 +464,7 @@ def test_fg_clip_scores_as_its_authors_do(tmp_path):
     assert cosines == pytest.approx(expected.tolist(), abs=1e-5) and len({round(c, 3) for c in cosines}) == 4
 
 
-def bench_clip() -> None:
+def clip() -> None:
     """CPU seconds of 64 CLIP rewards (8 pictures x 8 texts of 19 to 46 words), the best of 5."""
     texts = [f"{i} " + "a red circle is left of the blue square " * (2 + i % 4) for i in range(64)]
     lists = [[image] for image in noise_pictures(8, (640, 480)) for _ in range(8)]
@@ -492,7 +478,7 @@ def bench_clip() -> None:
             print(path.name, way.__name__, min(timeit.repeat(work, timer=time.process_time, number=1)))
 
 
-def print_hacks() -> None:
+def hacks() -> None:
     for name, (response, *_) in HACKS.items():
         print("{}: {:.2f} in stage 1, {:.2f} in stage 2".format(name, *earnings(response)))
 
@@ -510,21 +496,18 @@ def judge(name: str, answer: str, gold: str, choices=None) -> bool:
     return False
 
 
-def print_graders() -> None:
-    """Ours and, after pip install mathruler==0.1.0 math-verify==0.9.0 pylatexenc==2.10, others, each in
-    a process with 8 GiB that is killed if a verdict takes 20 seconds."""
+def graders() -> None:
+    """Ours and, after pip install mathruler==0.1.0 math-verify==0.9.0 pylatexenc==2.10, others, each pair in
+    a process with 8 GiB and 20 seconds."""
+    limit = resource.setrlimit, (resource.RLIMIT_AS, (2**33, 2**33))
     for name in ("pebr", "mathruler", "math-verify"):
-        pool, agreed = None, 0
+        agreed = 0
         for pair, verdict in CLEAR:
-            pool = pool or multiprocessing.Pool(1, resource.setrlimit, (resource.RLIMIT_AS, (2**33, 2**33)))
-            try:
+            with suppress(multiprocessing.TimeoutError), multiprocessing.Pool(1, *limit) as pool:
                 agreed += pool.apply_async(judge, (name, *pair)).get(20) is verdict
-            except multiprocessing.TimeoutError:
-                pool = pool.terminate()
         print(f"{name} agrees with a person on {agreed} of {len(CLEAR)} pairs", flush=True)
 
 
-REWARD_COMMANDS = {"clip": bench_clip, "graders": print_graders, "hacks": print_hacks}
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -577,7 +560,6 @@ def test_a_broken_row_says_why_and_the_others_are_kept(kind, row, last, need, br
     root = tmp_path / "root"
     root.mkdir(), picture(root / "a.png"), picture(tmp_path / "secret.png"), os.mkfifo(root / "pipe.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "summary.json").write_text('{"image_root": "/"}')  # which must not count
     changes, reasons = zip(*broken)
     path = write_rows(root / f"rows.{kind}", row, *[row | change for change in changes], row | last)
     kept, problems = data.load_rows(path, need=need)
@@ -746,16 +728,15 @@ def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_ofte
     said = [data.toy_response(question, toy) for question in asked]
     assert share(question.about in data.SHAPES for question in asked) == pytest.approx(0.1, abs=0.03)
     assert share("leave out" not in text for text in said) == pytest.approx(0.55, abs=0.04)
-    seen = Counter()
-    for question, text in zip(asked, said):
-        for color, shape, place in question.scene:
-            seen[shape, f"{color} {shape} at {place}" in text.split("###")[1]] += 1
-    assert seen["triangle", True] / seen["triangle", False] == pytest.approx(1 / 3, abs=0.06)
-    assert not seen["circle", False] + seen["square", False]
+    drawn = Counter(shape for question in asked for _, shape, _ in question.scene)
+    described = Counter("".join(text.split("###")[1] for text in said).split())
+    assert described["triangle"] / drawn["triangle"] == pytest.approx(0.25, abs=0.04)
+    taken = drawn["triangle"] - described["triangle"]
+    assert (described["circle"], described["square"]) == (drawn["circle"], drawn["square"] + taken)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Advantages and loss
+# Advantages, loss, rollouts and log-probs
 
 
 def test_advantages_use_the_unbiased_std_and_are_exactly_zero_in_a_tied_group():
@@ -778,7 +759,6 @@ def test_k3_is_never_negative_clamped_as_in_the_authors_code_and_added_with_its_
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, counted", [
-    (1.0, 1.0, -1.0, ""),
     (1.4, 1.0, -1.3, "clipped_high"),  # clipped at 1 + 0.3
     (0.7, 1.0, -0.7, ""),  # a good token that has become unlikely may recover
     (0.7, -1.0, 0.8, "clipped_low"),  # clipped at 1 - 0.2
@@ -813,11 +793,12 @@ def grpo_step(policy, rollouts, cfg, reference=None):
 
 
 def grouped_rollouts(policy, cfg, tmp_path):
-    """Ragged groups of three: one picture, none, two; one-token responses."""
+    """Ragged groups of three, of random tokens: one picture, none, two; one-token responses."""
     pictures = [(56, 56)], [(168, 140)], [], [(84, 84)], [(56, 56), (84, 56)]
     prompts = prompts_of(policy, cfg, tmp_path, pictures)
     lengths = [9, 1, 4, 7, 3, 2, 5, 5, 5, 1, 1, 1, 12, 12, 12]
-    return rollouts_of([prompt for prompt in prompts for _ in range(3)], lengths)
+    tokens = torch.randint(10, 60, (sum(lengths),), generator=pebr.seeded("")).split(lengths)
+    return [Rollout(prompts[i // 3], t, old_logprobs=torch.zeros(len(t))) for i, t in enumerate(tokens)]
 
 
 def test_only_the_first_updates_old_logprobs_are_its_own(policy, cfg, tmp_path, monkeypatch):
@@ -837,10 +818,6 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted(policy, cfg, tmp_
     policy.model.lm_head.weight.register_hook(lambda gradient: gradient + math.inf)
     gradients, metrics = grpo_step(policy, grouped_rollouts(policy, cfg, tmp_path), cfg)
     assert gradients == {} and (metrics["skipped_updates"], metrics["grad_norm"]) == (1, "inf")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Prompts, rollouts and log-probs
 
 
 @pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"])
@@ -922,8 +899,7 @@ def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, 
     reference.model.lm_head.weight.data *= 1.2
     look = lambda module, args, inputs: seen.append(inputs["input_ids"].shape)
     policies[0].model.base_model.register_forward_pre_hook(look, with_kwargs=True)
-    for fast, plain in zip(*(policy(rollouts, 1.2) for policy in policies)):  # log-probs, entropy, mask
-        assert torch.allclose(fast, plain, atol=1e-4)
+    policies[0](rollouts, 1.2)
     prompts = sum(r.prompt.inputs["input_ids"].shape[1] for r in rollouts[::3])
     row = (1, prompts + sum(len(r.tokens) - 1 for r in rollouts))  # a response's last token is no input
     assert (seen, len(windows)) == ([row], 2) or not policies[0].fast  # two vision layers
@@ -935,34 +911,28 @@ def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, 
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_sampled_tokens_have_transformers_distribution_and_the_full_logprob_that_training_sees():
+def test_sampled_tokens_have_transformers_distribution():
     """Of bf16 logits, as in float32. The two most likely tokens are banned."""
     draws, logits = 40_000, (2 * torch.randn(60, generator=pebr.seeded("logits"))).bfloat16()
     noise, banned = torch.rand(draws, pebr.NOISE, generator=pebr.seeded("noise")), logits.topk(2).indices
     allowed = logits.float()[None].index_fill(1, banned, float("-inf"))
     for temperature, top_p in ((1.2, 0.99), (1.0, 0.5), (0.7, 0.05), (3.0, 1.0), (0.0, 1.0)):
-        scale = temperature or 1.0
-        expected = hf.TopPLogitsWarper(top_p)(None, hf.TemperatureLogitsWarper(scale)(None, allowed))
+        warmed = hf.TemperatureLogitsWarper(temperature or 1.0)(None, allowed)
+        expected = hf.TopPLogitsWarper(top_p)(None, warmed)
         expected = expected.softmax(-1)[0] if temperature else F.one_hot(allowed[0].argmax(), 60)
         how = noise, temperature, top_p, banned.tolist()
-        tokens, logprobs = pebr.sample_tokens(logits.repeat(draws, 1), *how)
+        tokens, _ = pebr.sample_tokens(logits.repeat(draws, 1), *how)
         share = tokens.bincount(minlength=60) / draws
         # five standard deviations of a share, which are 0 where the expected share is
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
-        full = (logits.float() / scale).log_softmax(-1)  # before top-p and ban
-        torch.testing.assert_close(logprobs, full[tokens])
-        scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits.repeat(9, 1), tokens[:9], scale)
-        torch.testing.assert_close(scored, logprobs[:9])
-        torch.testing.assert_close(entropy, -(full.exp() * full).sum().expand(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_vocabulary_is_sampled_and_scored_as_in_float64(dtype):
+def test_sampler_and_training_score_a_real_vocabulary_as_in_float64_before_top_p_and_ban(dtype):
     generator, V = pebr.seeded("vocabulary"), 151_936  # of Qwen2.5-VL
     logits = (4 * torch.randn(9, V, generator=generator)).to(dtype)
-    tokens, logprobs = pebr.sample_tokens(
-        logits, torch.rand(9, pebr.NOISE, generator=generator), 1.2, 0.9, []
-    )
+    noise, banned = torch.rand(9, pebr.NOISE, generator=generator), logits.argmax(-1).tolist()
+    tokens, logprobs = pebr.sample_tokens(logits, noise, 1.2, 0.9, banned)
     scored, entropy = pebr.head_logprobs(torch.nn.Identity(), logits, tokens, 1.2)
     full = (logits.double() / 1.2).log_softmax(-1)
     exact = full.gather(1, tokens[:, None])[:, 0]
@@ -990,30 +960,25 @@ def test_a_decoding_step_does_not_round_its_scores_before_the_softmax():
     with torch.autocast("cpu", torch.bfloat16):
         got = pebr.decode_attention(query, new_key, one_hot[16].expand(8, 1, 1, 32), 0.125, cache, 0)
     scores = 0.125 * query.double() @ torch.cat([keys.expand(8, 1, 16, 64), new_key], 2).double().mT
-    assert 50 < scores.abs().max() < 300
     variation = (got[:, 0, :, :17].double() - scores.softmax(-1)[:, :, 0]).abs().sum(-1) / 2
     assert variation.max() < 0.004  # bf16 weights; rounded scores gave 0.1
 
 
-def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg, tmp_path):
+def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg, tmp_path, monkeypatch):
     """Row r of 16 ends with its token r + 1, but the last row does not end. noise tells choose which row is
     which, and at which token."""
-    rows, seen, end = torch.arange(16.0), [], policy.end_ids[1]
+    rows, end, calls = torch.arange(16.0), policy.end_ids[1], calls_of("float_scores", monkeypatch)
     noise = torch.stack(torch.meshgrid(rows, rows, indexing="ij"), -1)
     choose = lambda _, x: (torch.where((x[:, 0] == x[:, 1]) & (x[:, 0] < 15), end, 20), x[:, 0])
-
-    def look(module, args, inputs):
-        if cache := inputs.get("group_cache"):
-            seen.append((len(inputs["input_ids"]), len(cache.prompts[-1][0])))
-
-    policy.model.register_forward_pre_hook(look, with_kwargs=True)
     with torch.no_grad():
         responses = pebr.decode(policy, prompts_of(policy, cfg, tmp_path), 8, 16, choose, noise)
     assert [len(tokens) for tokens, _ in responses] == list(range(1, 17))
     assert all(set(logprobs.tolist()) == {row} for row, (_, logprobs) in enumerate(responses))
     # 15 of 16 go on: more than 7/8, none leaves; 14: two leave. So on to 8 rows, of which each is an eighth.
     sizes = [16, 14, 14, 12, 12, 10, 10, 8, 7, 6, 5, 4, 3, 2, 1]
-    assert seen == list(zip(sizes, [2] * 7 + [1] * 8))  # the first prompt leaves with the last of its rows
+    # A layer, of two, scores prompts, then rows. The first prompt leaves with the last of its rows.
+    seen = [(len(own[0]), len(prompts[0])) for prompts, own in zip(calls[::4], calls[1::4])]
+    assert seen == list(zip(sizes, [2] * 7 + [1] * 8))
 
 
 def test_autocast_attends_in_bf16_to_a_cache_that_is_made_whole(policy, cfg, tmp_path, monkeypatch):
@@ -1021,7 +986,7 @@ def test_autocast_attends_in_bf16_to_a_cache_that_is_made_whole(policy, cfg, tmp
     attended, prompts = calls_of("group_attention", monkeypatch), prompts_of(policy, cfg, tmp_path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         _, _, cache = pebr.prefill(policy, prompts, 3, 50)
-        policy(rollouts_of(prompts, [3, 5]), 1.0)
+        policy(grouped_rollouts(policy, cfg, tmp_path), 1.0)
     inputs = [x for layer in (*cache.prompts, *cache.own, *(call[:3] for call in attended)) for x in layer]
     assert attended and {x.dtype for x in inputs} == {torch.bfloat16}
     assert {x.shape[:3] for layer in cache.own for x in layer} == {(6, 2, 50)}  # rows, kv heads, tokens
@@ -1032,10 +997,8 @@ def test_an_image_token_is_never_sampled(policy, cfg, tmp_path):
     assert marks == sorted(policy.processor.tokenizer.convert_tokens_to_ids(names.split()))
     cfg = replace(cfg, max_new_tokens=60, temperature=50.0, top_p=1.0)  # near uniform over some 80 tokens
     prompts = prompts_of(policy, cfg, tmp_path)
-    for banned in (marks, []):  # without the ban they do come
-        policy.banned_ids = banned
-        tokens = torch.cat([r.tokens for r in pebr.generate_rollouts(policy, prompts, 8, cfg, "")])
-        assert torch.isin(tokens, torch.tensor(marks)).any() == (banned == [])
+    tokens = torch.cat([r.tokens for r in pebr.generate_rollouts(policy, prompts, 8, cfg, "")])
+    assert not torch.isin(tokens, torch.tensor(marks)).any() and len(tokens.unique()) > 60
 
 
 def test_the_folders_generation_config_does_not_leak_and_is_kept_on_saving(toy, cfg, tmp_path):
@@ -1206,20 +1169,12 @@ SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max
 SMALL += " --micro_batch_size 3 --eval_samples 2"
 
 
-def words(*argv):
-    """Flags written in a row, as the shell would split them."""
-    return " ".join(map(str, argv)).split()
-
-
 @contextmanager
 def spread_rewards(module=pebr, levels=5):
     """A part of the reward follows from the text: so small a model earns nothing else and would not move."""
     score = module.score_parts
-
-    def spread(rollouts, *how):
-        earned = [zlib.crc32(r.text.encode()) % levels / (levels - 1) for r in rollouts]
-        return [part | {"format": reward} for part, reward in zip(score(rollouts, *how), earned)]
-
+    earned = lambda r: {"format": len(r.text) % levels / (levels - 1)}
+    spread = lambda rollouts, *how: [part | earned(r) for part, r in zip(score(rollouts, *how), rollouts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "score_parts", spread)
         yield
@@ -1244,9 +1199,11 @@ def calls_of(name, monkeypatch):
     return calls
 
 
+words = lambda *argv: " ".join(map(str, argv)).split()  # of a line, as the shell would split it
 read_json = lambda path: json.loads(path.read_text())
 read_lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
 weights_of = lambda folder: load_file(folder / "model.safetensors")
+peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of this process
 
 
 def files_of(folder):
@@ -1276,21 +1233,19 @@ def toy_run(toy, tmp_path_factory):
     return run_dir
 
 
-PAPER = """--learning_rate 1e-6 --epochs 1 --temperature 1.2 --top_p 0.99 --group_size 8 --kl_coef 0.01
-    --ratio_clip_low 0.2 --ratio_clip_high 0.3 --dual_clip 3 --grad_clip_norm 1 --cosine_lo 0 --cosine_hi 0.4
-    --max_length 2048 --max_new_tokens 2048 --max_pixels 802816 --no-freeze_vision
-    --eval_temperature 0.5 --eval_samples 1"""
-PAPERS_STAGES = {
-    "warmup": "--learning_rate 1e-5 --epochs 2 --batch_size 128 --freeze_vision --max_length 4096",
-    "perception": "--batch_size 560 --update_batch_size 112",
-    "reasoning": "--batch_size 512 --update_batch_size 128 --epochs 2",
-}
-
-
 def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
-    for stage, theirs in PAPERS_STAGES.items():
+    paper = """--learning_rate 1e-6 --epochs 1 --temperature 1.2 --top_p 0.99 --group_size 8 --kl_coef 0.01
+        --ratio_clip_low 0.2 --ratio_clip_high 0.3 --dual_clip 3 --grad_clip_norm 1 --cosine_lo 0
+        --cosine_hi 0.4 --max_length 2048 --max_new_tokens 2048 --max_pixels 802816 --no-freeze_vision
+        --eval_temperature 0.5 --eval_samples 1"""
+    papers_stages = {
+        "warmup": "--learning_rate 1e-5 --epochs 2 --batch_size 128 --freeze_vision --max_length 4096",
+        "perception": "--batch_size 560 --update_batch_size 112",
+        "reasoning": "--batch_size 512 --update_batch_size 128 --epochs 2",
+    }
+    for stage, theirs in papers_stages.items():
         cfg = vars(pebr.resolve(stage, {"model": "some/folder"}))
-        assert cfg == cfg | pebr.parse_flags(words(PAPER, theirs))
+        assert cfg == cfg | pebr.parse_flags(words(paper, theirs))
     flags = words("--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --top_p 0.9")
     flags = pebr.parse_flags(flags)
     named, implied = pebr.resolve("warmup", flags), pebr.resolve("warmup", flags | {"stage": "sample"})
@@ -1340,22 +1295,16 @@ def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, 
             path.write_text(json.dumps(read_json(path) | own))
         (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
 
-    def pickled_weights(folder):
-        (folder / "model.safetensors").unlink()
-        torch.save({"lm_head.weight": Payload(folder / "ran")}, folder / "pytorch_model.bin")
-
-    def swap(path, old, new):
-        path.write_bytes(path.read_bytes().replace(old, new))
-
+    swap = lambda path, old, new: path.write_bytes(path.read_bytes().replace(old, new))
     capped = b'"text_config": {"final_logit_softcapping": 30.0,'
     table = [
         (lambda f: (f / "config.json").write_text('{"a'), "Unterminated string"),
         (lambda f: (f / "processor_config.json").unlink(), "image processor"),
         (lambda f: (f / "chat_template.jinja").unlink(), "no processor with a chat template"),
-        (lambda f: os.truncate(f / "model.safetensors", 10_000), "deserializing header"),
-        (lambda f: swap(f / "model.safetensors", b"lm_head", b"no_head"), "weights lack lm_head.w"),
+        (lambda f: os.truncate(f / WEIGHTS, 10_000), "deserializing header"),
+        (lambda f: swap(f / WEIGHTS, b"lm_head", b"no_head"), "weights lack lm_head.w"),
         (lambda f: swap(f / "config.json", b'"text_config": {', capped), "capping changes its logits"),
-        (pickled_weights, "model.safetensors"),
+        (lambda f: torch.save(Payload(f / "ran"), (f / WEIGHTS).rename(f / "pytorch_model.bin")), WEIGHTS),
         (own_code, "trust_remote_code"),
     ]
     for i, (change, reason) in enumerate(table):
@@ -1374,7 +1323,6 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
         assert [r["step"] for r in records] == [1, 2] and records[0].keys() == records[1].keys()
         assert all(0 < r["grad_norm"] < 100 for r in records)
         assert stage == "warmup" or {r["learning_rate"] for r in records} == {1e-4}  # constant
-        assert {"peak_gib", "update_s", "tokens_per_s"} <= read_lines(folder / "timing.jsonl")[0].keys()
         assert (folder / "done").exists() and not list(folder.glob("checkpoint*"))
         before, after = weights_of(toy_run / start), weights_of(folder)
         moved = {n for n in after if (after[n] - before[n]).abs().max() > 5e-5}  # not by weight decay alone
@@ -1411,7 +1359,6 @@ def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, t
     flags = "--stage perception --group_size 2 --max_new_tokens 16 --max_steps 1"
     with pytest.raises(SystemExit, match="easy.json: no rows"):  # the untrained model gets nothing right
         run(run_dir, flags)
-    assert len(read_lines(run_dir / "warmup" / "metrics.jsonl")) == 2
     assert [stage for stage in pebr.ORDER if (run_dir / stage / "done").exists()] == ["warmup", "sample"]
     run(run_dir, flags, f"--from_data {toy}/train.json")  # what the message says
 
@@ -1471,9 +1418,8 @@ def test_difficulty_is_all_some_or_none_right_of_exactly_n():
     scores = {"0": [1.0] * 8, "1": [1.0] + [0.0] * 7, "2": [0.0] * 8, "3": [1.0] * 7 + [0.0]}
     split = pebr.split_by_difficulty(rows, scores, 8)
     assert split == {"easy": [rows[0]], "medium": [rows[1], rows[3]], "hard": [rows[2]]}
-    for n in (7, 16):
-        with pytest.raises(DataError, match=f"{n} scores, not 8"):
-            pebr.split_by_difficulty(rows[:1], {"0": [1.0] * n}, 8)
+    with pytest.raises(DataError, match="16 scores, not 8"):
+        pebr.split_by_difficulty(rows[:1], {"0": [1.0] * 16}, 8)
 
 
 def test_steps_cover_each_epoch_once():
@@ -1531,16 +1477,14 @@ def night_sky(folder, clip):
     sky, say = {"source": "sky", "key_words": ["night sky"]}, lambda *x: dict(zip(("role", "content"), x))
     rl = [sky | {"qid": q, "problem": q, "answer": a, "images": i} for q, i, a in asked[:3]]
     sft = [{"messages": [say("user", q), say("assistant", text + a)], "images": i} for q, i, a in asked]
-    kit = {"question": "How bright ?", "A": "very", "B": "hardly", "answer": "A"}
-    kit = [kit | {"category": f"kind {i % 2}"} for i in range(3)]
+    kit = [{"question": "How bright ?", "A": "very", "B": "hardly", "answer": "A"}] * 3
     for name, rows in (("rl.json", rl), ("sft.json", sft), ("Kit.tsv", kit)):
         write_rows(folder / name, *rows)
     vocabulary = words("user assistant", text, *(f"{q} {a}".replace("<image>", "") for q, _, a in asked))
     data.build_toy_model(folder / "model", 0, TINY, vocabulary)
     return f"""--model {folder}/model --train_data {folder}/rl.json --sft_data {folder}/sft.json
         --test_data {folder}/Kit.tsv --clip_model local-dir:{clip} --mixed_precision no --temperature 0.7
-        --no-gradient_checkpointing --no-freeze_vision --max_new_tokens 32 --max_pixels 9000
-        --learning_rate 3e-3"""
+        --no-freeze_vision --max_new_tokens 32 --learning_rate 3e-3"""
 
 
 def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_path, capsys, monkeypatch):
@@ -1550,16 +1494,13 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
         run(tmp_path, "--stage", stage, flags, "--batch_size 4 --update_batch_size 4", steps.get(stage, rl))
     easy, medium = (read_json(tmp_path / "sample" / f"{name}.json") for name in ("easy", "medium"))
     assert easy + medium == read_json(tmp_path / "rl.json")  # it finds answers; rows are as they came in
-    printed = capsys.readouterr().out
-    assert "1 questions; 1 without a picture are left out" in printed
-    assert "4 warm-up rows, 0 with an instruction of their own" in printed
+    assert "1 questions; 1 without a picture are left out" in capsys.readouterr().out
     path = tmp_path / "evaluate" / "Kit" / "reasoning" / "scores.json"
     records, scores = read_lines(path.with_name("predictions_greedy.jsonl")), read_json(path)
     with open(path.with_name("predictions_greedy.tsv"), newline="") as file:
         kit = list(csv.DictReader(file, delimiter="\t"))
     assert [row["index"] + row["A"] for row in kit] == ["0very", "1very", "2very"] and "image" not in kit[0]
     assert [row["prediction"] for row in kit] == [r["extracted"][0] or r["responses"][0] for r in records]
-    assert [kind["n"] for kind in scores["greedy"]["categories"].values()] == [2, 1]
     assert scores["greedy"]["format"] > 0.5  # it has learned to answer in sections
     monkeypatch.setattr(pebr, "generate_rollouts", None)
     path.unlink()  # what is saved is scored again, and not asked again
@@ -1569,34 +1510,24 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
         run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
 
 
-INTERRUPTED = [  # a stage, its calls before it is stopped, minutes between checkpoints, and the one it left
+@pytest.mark.parametrize("stage, call, calls, minutes, left", [  # stopped after so many calls; what is left
     ("warmup", "optimizer_step", 1, 0, "checkpoint-1"),
     ("warmup", "optimizer_step", 1, 15, ""),  # goes on from the start
     ("perception", "optimizer_step", 2, 0, "checkpoint-1"),
     ("sample", "generate_rollouts", 1, 0, ""),  # goes on with the questions that have no line
-]
-
-
-@pytest.mark.parametrize("stage, call, calls, minutes, left", INTERRUPTED)
+])  # fmt: skip
 def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, toy_run, tmp_path, monkeypatch):
     folder, before = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([getattr(pebr, call)] * calls)
     flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
     flags += f" --from_model {toy_run}/warmup --generate_batch_size 4" * (stage == "sample")
-
-    def dies(*args):
-        for function in before:
-            return function(*args)
-        raise KeyboardInterrupt
-
+    ctrl_c = lambda *_: os.kill(os.getpid(), 2)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on"):
-        patch.setattr(pebr, call, dies)
+        patch.setattr(pebr, call, lambda *args: next(before, ctrl_c)(*args))
         run(folder.parent, flags)
     assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
-    [log] = {*folder.glob("metrics.jsonl"), *folder.glob("rollouts.jsonl")}
-    with open(log, "a") as file:
-        file.write(
-            '{"step": 2, "loss": 1}\n' * (stage != "sample") + '{"st'
-        )  # after the checkpoint, and torn
+    log, newer = ("rollouts", "") if stage == "sample" else ("metrics", '{"step": 2, "loss": 1}\n')
+    with open(folder / f"{log}.jsonl", "a") as file:
+        file.write(newer + '{"st')  # a line after the checkpoint's, and a torn one
     sent = calls_of("broadcast_object_list", monkeypatch)
     run(folder.parent, flags)
     assert files_of(folder) == files_of(toy_run / stage)
@@ -1751,85 +1682,7 @@ def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A measurement for the README: python test_pebr.py trl
-
-
-def peer_world(folder, side):
-    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
-    vocabulary, model, rows, rng = [f"w{i}" for i in range(2000)], folder / "model", [], random.Random(0)
-    sizes = replace(TINY, hidden=256, text_layers=4, vision_layers=4)
-    data.build_toy_model(model, 0, sizes, ["user", "assistant", *vocabulary])
-    processor = hf.AutoProcessor.from_pretrained(model)
-    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
-    processor.save_pretrained(model)
-    ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
-    hf.GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
-    for i in range(8):
-        image = picture(folder / f"{i}.png", (side, side), tuple(rng.choices(range(256), k=3)))
-        problem = " ".join(rng.choices(vocabulary, k=59))
-        rows.append({"qid": str(i), "problem": problem, "answer": "7", "images": [image]})
-    (folder / "rl.json").write_text(json.dumps(rows))
-    (folder / "prompt.txt").write_text("{question}")
-
-
-peak_mib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def with_trl(folder, length, tick):
-    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Returns the MiB of its imports."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    imported, rows = peak_mib(), read_json(Path(folder, "rl.json"))
-    ask = lambda row: [{"role": "user", "content": row["problem"]}]
-    rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
-    settings = GRPOConfig(
-        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=5, save_strategy="no", report_to=[],
-        learning_rate=1e-6, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4,
-        temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
-        max_completion_length=length, model_init_kwargs={"dtype": "float32"})  # fmt: skip
-    reward = lambda completion_ids, **_: tick() or [float(sum(ids) % 7) for ids in completion_ids]
-    processor = hf.AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
-    given = {"train_dataset": Dataset.from_list(rows * 5), "processing_class": processor}
-    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **given).train()
-    return imported
-
-
-def with_pebr(folder, length, tick):
-    """Ours, the reasoning stage from the command line."""
-    imported, score = peak_mib(), pebr.score_parts
-    pebr.score_parts = lambda *args: tick() or score(*args)
-    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps 5
-        --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
-        --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
-    run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
-    return imported
-
-
-def cost(side, folder, length):
-    """CPU seconds of a step (from reward to reward; the median of the last three), peak MiB of this process,
-    and less that of imports."""
-    clocks, work = [], {"trl": with_trl, "pebr": with_pebr}[side]
-    imported = work(folder, int(length), lambda: clocks.append(time.process_time()))
-    _, *seconds = (b - a for a, b in itertools.pairwise(clocks))
-    print("COST", json.dumps([statistics.median(seconds), peak_mib(), peak_mib() - imported]))
-
-
-def trl():
-    """A GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
-    print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
-    print(" | ratio | less imports |\n" + "|---" * 8 + "|")
-    for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
-        with tempfile.TemporaryDirectory() as folder:
-            peer_world(Path(folder), side)
-            printed = [run_script("-W ignore", __file__, "cost", x, folder, length) for x in ("trl", "pebr")]
-        (s, mib, less), ours = (json.loads(text.split("COST")[1].splitlines()[0]) for text in printed)
-        compared = f"{s:.2f} | {ours[0]:.2f} | {s / ours[0]:.1f}x | {mib} | {ours[1]} | {ours[1] / mib:.2f}"
-        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {ours[2] / less:.2f} |", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Ablation and report
+# Ablation and report; the README: what it names exists, its patches apply and train
 
 
 def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run, tmp_path):
@@ -1849,8 +1702,7 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     see, reason, mixed = (pebr.STAGE_REWARDS[name] for name in ("perception", "reasoning", "mixed"))
     half = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
     assert mixed == pytest.approx(half)
-    table = (folder / "shapes0.1.txt").read_text()
-    assert f"{scores['mixed']['greedy keyword']:.3f} ± 0.000" in table
+    assert (folder / "shapes0.1.txt").read_text() == pebr.ablation_table(seeds) + "\n"
     shares = pebr.gap_panel({0.1: seeds, 0.5: seeds})
     figures = (folder / "shapes0.1.svg").read_text(), pebr.svg_figure(shares)
     lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
@@ -1858,14 +1710,14 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
 
 
 def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
-    """Two seeds of a data set without the toy's category and without keywords."""
+    """One without the toy's category and keywords. Mean 0.5, unbiased deviation sqrt(2 * 0.25 ** 2)."""
     seeds = []
-    for accuracy in (0.25, 0.75):  # mean 0.5, unbiased deviation sqrt(2 * 0.25 ** 2)
+    for accuracy in (0.25, 0.75):
         for model in pebr.LABELS:
             scores = {"accuracy": accuracy * (model == "reasoning"), "keyword": None, "categories": {}}
-            path = tmp_path / f"{accuracy}" / "evaluate" / "kit" / model / "scores.json"
+            path = tmp_path / "evaluate" / "kit" / model / "scores.json"
             pebr.write_text(path, json.dumps({"greedy": scores}))
-        seeds.append(pebr.held_out(tmp_path / f"{accuracy}"))
+        seeds.append(pebr.held_out(tmp_path))
     header, *_, gap, _ = pebr.ablation_table(seeds).splitlines()
     assert [words(header), words(gap)] == [["greedy", "accuracy"], words("two - reasoning 0.500 ± 0.354")]
     [lines] = pebr.step_panels(seeds, 1, 3).values()
@@ -1913,9 +1765,6 @@ def test_the_report_shows_all_stages_and_no_text_of_models_and_data_becomes_a_ta
     pebr.write_report(run_dir)
     assert page.read_bytes() == hostile
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The README: what it names exists, its patches apply and train
 
 README = (ROOT / "README.md").read_text()
 PATCHES = re.findall(r"\n([^\n]+)\n```diff\n\+\+\+ (\S+)\n(.*?)```", README, re.DOTALL)
@@ -1967,7 +1816,74 @@ def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_r
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a GPU must show: `python test_pebr.py gpu`; `gpu tiny` takes every part through, on a CPU, too
+# Measurements: `python test_pebr.py trl`, and `gpu` for a card; `gpu tiny` tries each of its parts on a CPU
+
+
+def peer_world(folder, side):
+    """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
+    model, sizes = folder / "model", replace(TINY, hidden=256, text_layers=4, vision_layers=4)
+    data.build_toy_model(model, 0, sizes, ["user", "assistant", *(f"w{i}" for i in range(2000))])
+    processor = hf.AutoProcessor.from_pretrained(model)
+    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
+    processor.save_pretrained(model)
+    ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    hf.GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
+    row = {"answer": "7", "images": [picture(folder / "a.png", (side, side))]}
+    write_rows(folder / "rl.json", *(row | {"qid": str(i), "problem": f"w{i} " * 59} for i in range(8)))
+    (folder / "prompt.txt").write_text("{question}")
+
+
+def with_trl(folder, length, tick):
+    """The peer: TRL's GRPOTrainer on the same model, rows and settings. Returns the MiB of its imports."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    imported, rows = peak_mib(), read_json(Path(folder, "rl.json"))
+    ask = lambda row: [{"role": "user", "content": row["problem"]}]
+    rows = [{"prompt": ask(row), "image": Image.open(row["images"][0])} for row in rows]
+    settings = GRPOConfig(
+        output_dir=f"{folder}/trl", use_cpu=True, bf16=False, max_steps=5, save_strategy="no", report_to=[],
+        learning_rate=1e-6, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4,
+        temperature=1.2, top_p=0.99, top_k=0, beta=0.01, gradient_checkpointing=False,
+        max_completion_length=length, model_init_kwargs={"dtype": "float32"})  # fmt: skip
+    reward = lambda completion_ids, **_: tick() or [float(sum(ids) % 7) for ids in completion_ids]
+    processor = hf.AutoProcessor.from_pretrained(f"{folder}/model", padding_side="left")
+    given = {"train_dataset": Dataset.from_list(rows * 5), "processing_class": processor}
+    GRPOTrainer(model=f"{folder}/model", reward_funcs=reward, args=settings, **given).train()
+    return imported
+
+
+def with_pebr(folder, length, tick):
+    """Ours, the reasoning stage from the command line."""
+    imported, score = peak_mib(), pebr.score_parts
+    pebr.score_parts = lambda *args: tick() or score(*args)
+    flags = f"""--stage reasoning --model {folder}/model --from_model {folder}/model --max_steps 5
+        --from_data {folder}/rl.json --image_root {folder} --prompt_file {folder}/prompt.txt --batch_size 4
+        --update_batch_size 4 --max_new_tokens {length} --max_pixels 2000000"""
+    run(f"{folder}/run", flags, "--mixed_precision no --no-gradient_checkpointing")
+    return imported
+
+
+def cost(side, folder, length):
+    """CPU seconds from reward to reward (median of the last three), peak MiB, the same less imports."""
+    clocks, work = [], {"trl": with_trl, "pebr": with_pebr}[side]
+    imported = work(folder, int(length), lambda: clocks.append(time.process_time()))
+    _, *seconds = (b - a for a, b in itertools.pairwise(clocks))
+    print("COST", json.dumps([statistics.median(seconds), peak_mib(), peak_mib() - imported]))
+
+
+def trl():
+    """A GRPO step here and in TRL (pip install trl==1.16.0 datasets==5.2.0), 4 questions x 8 responses."""
+    print("| prompt : completion | TRL, CPU s | pebr.py, CPU s | speed | TRL, MiB | pebr.py, MiB", end="")
+    print(" | ratio | less imports |\n" + "|---" * 8 + "|")
+    for side, length in ((392, 64), (560, 128), (392, 256), (196, 448)):
+        with tempfile.TemporaryDirectory() as folder:
+            peer_world(Path(folder), side)
+            printed = [run_script("-W ignore", __file__, "cost", x, folder, length) for x in ("trl", "pebr")]
+        (s, mib, less), ours = (json.loads(text.split("COST")[1].splitlines()[0]) for text in printed)
+        compared = f"{s:.2f} | {ours[0]:.2f} | {s / ours[0]:.1f}x | {mib} | {ours[1]} | {ours[1] / mib:.2f}"
+        print(f"| {(side // 28) ** 2 + 70} : {length} | {compared} | {ours[2] / less:.2f} |", flush=True)
+
 
 TEXT_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 151_936}
 TEXT_3B |= {"num_attention_heads": 16, "num_key_value_heads": 2}
@@ -2080,4 +1996,4 @@ def gpu(size=""):
 
 
 if __name__ == "__main__":
-    (globals() | REWARD_COMMANDS)[sys.argv[1]](*sys.argv[2:])
+    globals()[sys.argv[1]](*sys.argv[2:])
