@@ -15,7 +15,7 @@ Without more flags this trains a tiny model on a toy world, offline, on a CPU. E
 --run_dir and takes its model and data from the stages before it, which it makes first if they are missing.
 Rewards are in rewards.py; rows, pictures and the toy world in data.py.
 
-Where this departs from the paper's released code (the README gives the reasons):
+Where this departs from the paper's released code:
  [1] Keywords count in the description only, as whole words; theirs are substrings of the whole response.
  [2] A reward that cannot be computed is an error, never a 0; rows without a picture are left out and counted.
  [3] CLIP encodes each picture once and all descriptions in batches; theirs makes one call per response.
@@ -26,7 +26,7 @@ Where this departs from the paper's released code (the README gives the reasons)
  [8] A group without spread has advantage exactly 0, not rounding noise over epsilon. It keeps its KL term.
  [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops it.
 [10] --max_length holds at the RL stages' pixel limit; sampling's larger pictures may exceed it.
-[11] A prompt goes through the model once per group (in updates: and micro-batch); theirs repeats it.
+[11] A prompt goes through the model once per group (updates: and micro-batch); theirs repeats it.
 [12] The instruction is worded anew and is the same in all stages; --prompt_file takes theirs.
 [13] From a step's second update on, the sampler's log-probs are the old ones; theirs runs one more forward.
 [14] The grader is our own; theirs, mathruler, contradicts a person on 80 of the tests' 175 clear pairs.
@@ -97,7 +97,7 @@ class Config:
     stage: str = option("all", "one of the stages, all, ablation or dryrun")
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
     seed: int = option(0, "everything random follows from it")
-    overwrite: bool = option(False, "redo the stage; discards later stages, too")
+    overwrite: bool = option(False, "redo the stage; discards all after it, too: the arms, all evaluations")
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints to resume from; 0 = every step")
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
@@ -111,7 +111,7 @@ class Config:
     max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and response); longer is a broken row")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
-    # Training. For the stage that --stage names, not for its prerequisites; with all, for every stage.
+    # Training. For the stage that --stage names, not for its prerequisites; with all (not from_*), for each.
     from_model: str = option("", "model to start from; empty: the stage before (evaluate: all of them)", True)
     from_data: str = option("", "data file; empty: what the stage before made", True)
     learning_rate: float = option(1e-6, "constant in RL; warm-up: 1e-5, 10 %% rising, then cosine", True)
@@ -882,8 +882,8 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                 with sync_at_last(model, micro[-1] == update[-1]):
                     with accelerator.autocast():
                         logprobs, entropy, mask = model(batch, cfg.temperature)  # (B, C)
-                    sampled = pad_sequence([r.old_logprobs for r in batch], True).to(accelerator.device)
-                    old_logprobs = logprobs.detach() if first else sampled  # at first the ratio is 1 [13]
+                    sampler_logprobs = pad_sequence([r.old_logprobs for r in batch], True).to(logprobs.device)
+                    old_logprobs = logprobs.detach() if first else sampler_logprobs  # ratio 1 at first [13]
                     adv = advantages[list(micro)].to(accelerator.device)  # (B,)
                     loss, metrics = grpo_loss(
                         logprobs, old_logprobs, ref_logprobs, adv, mask, num_tokens, cfg
@@ -891,7 +891,8 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                     accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over them
                 sums.update(metrics | {"entropy": (entropy * mask).sum() / num_tokens})
                 if first:  # how far the training forward is from the sampler, which should be the same
-                    sums["sampler_gap"] += ((logprobs.detach() - sampled).abs() * mask).sum() / num_tokens
+                    gap = (logprobs.detach() - sampler_logprobs).abs()
+                    sums["sampler_gap"] += (gap * mask).sum() / num_tokens
             updates.append(optimizer_step(model, optimizer, sums, cfg.learning_rate, cfg))
         log.lap("update")
         scores = dict(parts=parts, rewards=rewards, advantages=advantages.tolist())
@@ -903,7 +904,8 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-EVALUATED = "model from_data seed prompt_file max_pixels top_p max_new_tokens eval_samples eval_temperature"
+EVALUATED = "model from_data seed prompt_file max_pixels max_length skip_bad_rows top_p max_new_tokens"
+EVALUATED += " eval_samples eval_temperature clip_model cosine_lo cosine_hi"
 
 
 def evaluate(cfg: Config, folder: Path) -> None:
@@ -919,7 +921,7 @@ def evaluate(cfg: Config, folder: Path) -> None:
     folder, rows, clip_scorer = folder / Path(cfg.from_data).stem, [], load_clip(cfg)
     settings = json.dumps({name: getattr(cfg, name) for name in EVALUATED.split()})
     if (folder / "settings.json").is_file() and (folder / "settings.json").read_text() != settings:
-        raise ConfigError(f"{folder} is of another file or other settings; --overwrite redoes it")
+        raise ConfigError(f"{folder} is of another file or other settings: use another --run_dir")
     accelerator.wait_for_everyone()
     write_text(folder / "settings.json", settings)
     modes = {"greedy": (1, 0.0), "sampled": (cfg.eval_samples, cfg.eval_temperature)}
@@ -1380,7 +1382,7 @@ def ablation(flags: dict) -> None:
         logs = [run_dir / stage / "metrics.jsonl" for stage in ("perception", "reasoning")]
         steps = [everywhere(len(read_jsonl(log))) for log in logs]
         run_stages([*ARMS, "evaluate"], own | {"max_steps": sum(steps)})
-        seeds.append(held_out(run_dir))
+        seeds.append(held_out(run_dir / "evaluate" / Path(cfg.test_data).stem))
     if accelerator.is_main_process:
         write_text(folder / f"{name}.json", json.dumps(seeds, indent=1))
         write_text(folder / f"{name}.svg", svg_figure(step_panels(seeds, *steps)))
@@ -1392,12 +1394,11 @@ def ablation(flags: dict) -> None:
         print(f"\n{table}\n\n{folder}/{name}.svg shows it")
 
 
-def held_out(run_dir: Path) -> dict[str, dict[str, float]]:
-    """{model: {measure: score}} of one seed, and the gap: two stages minus reasoning only."""
+def held_out(folder: Path) -> dict[str, dict[str, float]]:
+    """An evaluation's {model: {measure: score}}, and the gap: two stages minus reasoning only."""
     found = {}
     for model, label in LABELS.items():
-        [path] = run_dir.glob(f"evaluate/*/{model}/scores.json")
-        scores = json.loads(path.read_text())
+        scores = json.loads((folder / model / "scores.json").read_text())
         kinds = itertools.product(("accuracy", "keyword"), scores)
         found[label] = {f"{mode} {name}": scores[mode][name] for name, mode in kinds}
         misperceived = scores["greedy"]["categories"].get(MISPERCEIVED, {"accuracy": None})
@@ -1489,7 +1490,7 @@ def stages_to_run(names: list[str], flags: dict) -> list[Config]:
     return todo
 
 
-PINNED = ("seed", "from_model", "from_data", "group_size", "temperature", "top_p")  # until a stage is done
+PINNED = "seed from_model from_data prompt_file batch_size group_size temperature top_p"  # until it is done
 
 
 def run_stage(cfg: Config) -> None:
@@ -1502,7 +1503,7 @@ def run_stage(cfg: Config) -> None:
     begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
     has_work = lasting and any(path.stat().st_size for path in folder.glob("*.jsonl"))
     then = json.loads(begun.read_text()) if has_work else asdict(cfg)
-    for name in PINNED:
+    for name in PINNED.split():
         if name_of(then[name]) != name_of(getattr(cfg, name)):
             raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
     accelerator.print(f"\n=== {folder}", flush=True)
@@ -1529,10 +1530,13 @@ def check_config(cfg: Config) -> None:
     require(cfg.from_data or not needs, f"--stage {stage} needs --{needs}, or --from_data and --from_model")
     needs_clip = "clip" in STAGE_REWARDS.get(stage, ())
     require(cfg.clip_model or not needs_clip, f"--stage {stage} needs --clip_model")
-    least = dict.fromkeys(("batch_size", "update_batch_size", "micro_batch_size", "generate_batch_size"), 1)
-    for name, low in (least | {"epochs": 1, "max_steps": 0, "learning_rate": 0, "eval_samples": 0}).items():
+    least = "batch_size update_batch_size micro_batch_size generate_batch_size group_size max_new_tokens"
+    least = dict.fromkeys([*least.split(), "epochs"], 1)
+    least |= {"max_steps": 0, "learning_rate": 0, "eval_samples": 0}
+    for name, low in least.items():
         require(getattr(cfg, name) >= low, f"--{name} {getattr(cfg, name)}: must be at least {low}")
     require(cfg.temperature > 0, f"--temperature {cfg.temperature}: must be above 0")
+    require(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo}: must be below --cosine_hi")
     require(0 <= cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be from 0 to 1")
     if stage == "warmup":
         rule = f"--batch_size {batch} must be a multiple of the number of processes, {processes}"
@@ -1600,8 +1604,12 @@ def run_stages(names: list[str], flags: dict) -> None:
         checked_rows(path, cfg, None, ())
     if cfg.overwrite and names[0] != "dryrun" and accelerator.is_main_process:
         order = [*ORDER[:-1], *ARMS, "evaluate"]
-        for later in reversed(order[order.index(names[0]) :]):
-            shutil.rmtree(folder / later, ignore_errors=True)
+        discarded = [folder / name for name in order[order.index(names[0]) :]]
+        for path in (Path(cfg.from_model), Path(cfg.from_data)):
+            kept = not {path, *path.parents} & {*discarded}
+            require(kept, f"--overwrite would delete {path}, which the stage starts from: copy it")
+        for later in reversed(discarded):
+            shutil.rmtree(later, ignore_errors=True)
     accelerator.wait_for_everyone()
     for each in todo:
         run_stage(each)
@@ -1630,7 +1638,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(flags)
     except KeyboardInterrupt:
-        sys.exit("pebr.py: interrupted; the same command goes on")
+        sys.exit("pebr.py: interrupted; the same command (without --overwrite) goes on")
     except (ConfigError, DataError, ClipError) as error:
         sys.exit(f"pebr.py: {error}")
     except (MemoryError, RuntimeError) as error:
@@ -1638,7 +1646,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         advice = """out of memory. Lower --micro_batch_size (update), --generate_batch_size (rollout),
 --max_new_tokens or --max_pixels; several GPUs shard the model with configs/fsdp2.yaml; --kl_coef 0 needs no
-reference model. The same command with the new flag goes on from the last checkpoint."""
+reference model. The same command with the new flag (without --overwrite) goes on from the last checkpoint."""
         sys.exit(f"pebr.py: {advice}\n{error}")
 
 

@@ -1,8 +1,7 @@
 """What is true of PeBR. Run with: python -m pytest -q
 
 Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2.5-VL folder, a tiny open_clip
-folder) and a second data set that is not the toy. No network, no GPU, deterministic. Measurements:
-python test_pebr.py NAME.
+folder) and a second data set. No network, no GPU, deterministic. Measurements: python test_pebr.py NAME.
 """
 
 import base64
@@ -25,6 +24,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -892,8 +892,7 @@ def test_sampling_and_training_have_the_logprobs_of_generate(policies, cfg, tmp_
 
 @pytest.mark.parametrize("again", [False, True])
 def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, cfg, tmp_path, monkeypatch):
-    """One row without padding that holds each prompt once, in four ragged micro-batches; plain, in one. All
-    windows of a vision layer in one call: a call and three host syncs for each would keep a GPU waiting."""
+    """One row without padding that holds each prompt once, in four ragged micro-batches; plain, in one."""
     seen, rollouts, reference = [], grouped_rollouts(policies[0], cfg, tmp_path), copy.deepcopy(policies[1])
     windows = calls_of("varlen_attn", monkeypatch)
     reference.model.lm_head.weight.data *= 1.2
@@ -902,7 +901,7 @@ def test_prefixes_windows_and_micro_batches_change_no_gradient(again, policies, 
     policies[0](rollouts, 1.2)
     prompts = sum(r.prompt.inputs["input_ids"].shape[1] for r in rollouts[::3])
     row = (1, prompts + sum(len(r.tokens) - 1 for r in rollouts))  # a response's last token is no input
-    assert (seen, len(windows)) == ([row], 2) or not policies[0].fast  # two vision layers
+    assert (seen, len(windows)) == ([row], 2) or not policies[0].fast  # a call a vision layer
     cfgs = [replace(cfg, micro_batch_size=n, gradient_checkpointing=again) for n in (4, 15)]
     steps = [grpo_step(policy, rollouts, how, reference) for policy, how in zip(policies, cfgs)]
     (gradients, line), (expected, other) = steps
@@ -1238,12 +1237,11 @@ def test_defaults_are_the_papers_and_stage_toy_and_flags_follow_in_this_order():
         --ratio_clip_low 0.2 --ratio_clip_high 0.3 --dual_clip 3 --grad_clip_norm 1 --cosine_lo 0
         --cosine_hi 0.4 --max_length 2048 --max_new_tokens 2048 --max_pixels 802816 --no-freeze_vision
         --eval_temperature 0.5 --eval_samples 1"""
-    papers_stages = {
+    for stage, theirs in {
         "warmup": "--learning_rate 1e-5 --epochs 2 --batch_size 128 --freeze_vision --max_length 4096",
         "perception": "--batch_size 560 --update_batch_size 112",
         "reasoning": "--batch_size 512 --update_batch_size 128 --epochs 2",
-    }
-    for stage, theirs in papers_stages.items():
+    }.items():
         cfg = vars(pebr.resolve(stage, {"model": "some/folder"}))
         assert cfg == cfg | pebr.parse_flags(words(paper, theirs))
     flags = words("--learning_rate 0.5 --no-freeze_vision --gradient_checkpointing --top_p 0.9")
@@ -1271,10 +1269,11 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         (f"--stage perception --model x --sft_data {toy}/sft.json", "--stage sample needs --train_data"),
         ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
         ("--seed 5", "was made with --seed 0 "),
-        ("--toy_shapes 0.5", "was made with --seed 0 --toy_shapes 0.1"),
+        (f"--stage warmup --overwrite --from_model {tmp_path}/run/perception", "would delete .*/perception"),
         ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be at least 1"),
         ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
         ("--stage perception --temperature 0", "--temperature 0.0: must be above 0"),
+        ("--stage perception --cosine_lo 0.9", "--cosine_lo 0.9: must be below --cosine_hi"),
         ("--toy_shapes 2", "--toy_shapes 2.0: must be from 0 to 1"),
     ]
     run_dir = new_run(toy, tmp_path / "run")
@@ -1329,7 +1328,7 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
         assert any("visual" in name for name in moved) and "lm_head.weight" in moved
     samples = read_lines(toy_run / "perception" / "samples.jsonl")
     assert len(samples) == 2 * 4  # steps x questions
-    lists = ("responses", "tokens", "truncated", "parts", "rewards", "advantages")
+    lists = words("responses tokens truncated parts rewards advantages")
     assert {len(samples[0][name]) for name in lists} == {2}  # G
     assert samples[0]["parts"][0].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
     named = words("base warmup perception reasoning greedy sampled interval pass@2")
@@ -1520,8 +1519,8 @@ def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, to
     folder, before = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([getattr(pebr, call)] * calls)
     flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
     flags += f" --from_model {toy_run}/warmup --generate_batch_size 4" * (stage == "sample")
-    ctrl_c = lambda *_: os.kill(os.getpid(), 2)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on"):
+    ctrl_c = lambda *_: signal.default_int_handler(signal.SIGINT, None)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command"):
         patch.setattr(pebr, call, lambda *args: next(before, ctrl_c)(*args))
         run(folder.parent, flags)
     assert "".join(path.name for path in folder.glob("checkpoint-*")) == left
@@ -1715,8 +1714,7 @@ def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
     for accuracy in (0.25, 0.75):
         for model in pebr.LABELS:
             scores = {"accuracy": accuracy * (model == "reasoning"), "keyword": None, "categories": {}}
-            path = tmp_path / "evaluate" / "kit" / model / "scores.json"
-            pebr.write_text(path, json.dumps({"greedy": scores}))
+            pebr.write_text(tmp_path / model / "scores.json", json.dumps({"greedy": scores}))
         seeds.append(pebr.held_out(tmp_path))
     header, *_, gap, _ = pebr.ablation_table(seeds).splitlines()
     assert [words(header), words(gap)] == [["greedy", "accuracy"], words("two - reasoning 0.500 ± 0.354")]
@@ -1743,7 +1741,6 @@ def spoiled(value):
 
 
 def test_the_report_shows_all_stages_and_no_text_of_models_and_data_becomes_a_tag(toy_run, tmp_path):
-    """Nor does a long first or a torn last line of a log change it."""
     card = pebr.gallery(Row("", "1", "<image>q", "2", [], ["red dot", "cat"]), ["head"], [GOOD])
     assert '<span class="k1">red dot</span>, <span class="k0">cat</span>' in card
     assert '<p class="description"><small>Image Description</small> Two red dots. </p>' in card
@@ -1821,15 +1818,19 @@ def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_r
 
 def peer_world(folder, side):
     """A 4 M parameter Qwen2.5-VL, 8 questions of 70 tokens around a picture, in files for both sides."""
-    model, sizes = folder / "model", replace(TINY, hidden=256, text_layers=4, vision_layers=4)
-    data.build_toy_model(model, 0, sizes, ["user", "assistant", *(f"w{i}" for i in range(2000))])
+    vocabulary, model, rows, rng = [f"w{i}" for i in range(2000)], folder / "model", [], random.Random(0)
+    sizes = replace(TINY, hidden=256, text_layers=4, vision_layers=4)
+    data.build_toy_model(model, 0, sizes, ["user", "assistant", *vocabulary])
     processor = hf.AutoProcessor.from_pretrained(model)
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2000 * 28 * 28}
     processor.save_pretrained(model)
     ids = {name: getattr(processor.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     hf.GenerationConfig(**ids).save_pretrained(model)  # a single end token, because TRL knows no more
-    row = {"answer": "7", "images": [picture(folder / "a.png", (side, side))]}
-    write_rows(folder / "rl.json", *(row | {"qid": str(i), "problem": f"w{i} " * 59} for i in range(8)))
+    for i in range(8):
+        image = picture(folder / f"{i}.png", (side, side), tuple(rng.choices(range(256), k=3)))
+        problem = " ".join(rng.choices(vocabulary, k=59))
+        rows.append({"qid": str(i), "problem": problem, "answer": "7", "images": [image]})
+    write_rows(folder / "rl.json", *rows)
     (folder / "prompt.txt").write_text("{question}")
 
 
