@@ -111,7 +111,7 @@ def load_rows(path: str, image_root: str = "", need: tuple[str, ...] = ()) -> tu
             row = make_row(where, raw, root)
             for name in need:
                 if not getattr(row, name):
-                    raise DataError(f'no "{name}", which this stage needs ("response": sharegpt messages)')
+                    raise DataError(f'no "{name.replace("response", "messages")}", which this stage needs')
             if row.qid in seen:
                 raise DataError(f"qid {row.qid[:200]} is already that of {seen[row.qid]}")
             seen[row.qid] = where

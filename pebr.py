@@ -1503,9 +1503,12 @@ def run_stage(cfg: Config) -> None:
     begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
     has_work = lasting and any(path.stat().st_size for path in folder.glob("*.jsonl"))
     then = json.loads(begun.read_text()) if has_work else asdict(cfg)
-    for name in PINNED.split():
-        if name_of(then[name]) != name_of(getattr(cfg, name)):
-            raise ConfigError(f"{folder} was begun with --{name} {then[name]}; --overwrite begins anew")
+    pinned = PINNED + " max_new_tokens" * (cfg.stage == "sample")
+    for name, value in asdict(cfg).items():
+        if name_of(then[name]) != name_of(value):
+            message = f"{folder} was begun with --{name} {then[name]}"
+            require(name not in pinned.split(), f"{message}; --overwrite begins anew")
+            accelerator.print(message)
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(begun, json.dumps(asdict(cfg), indent=1))
     others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
