@@ -594,7 +594,7 @@ class ClipScorer:
             return [row for batch in batches for row in F.normalize(encode(batch).float().cpu(), dim=-1)]
 
         windows = [self.windows(text) for text in texts]
-        distinct = sorted({window for own in windows for window in own}, key=len)  # batches of like length
+        distinct = sorted(dict.fromkeys(w for own in windows for w in own), key=len)  # a set has no order
         said = dict(zip(distinct, embeddings(distinct, self.encode_texts)))
         pixels = lambda images: torch.stack([self.preprocess(image) for image in images])
         encode = lambda images: self.model.encode_image(pixels(images).to(self.device, self.dtype))
