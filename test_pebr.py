@@ -1335,8 +1335,6 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
     lists = words("responses tokens truncated parts rewards advantages")
     assert {len(samples[0][name]) for name in lists} == {2}  # G
     assert samples[0]["parts"][0].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
-    named = words("base warmup perception reasoning greedy sampled interval pass@2")
-    assert set(named) <= set(words((toy_run / "evaluate" / "test" / "table.txt").read_text()))
 
 
 def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(toy_run, tmp_path, capsys):
@@ -1411,8 +1409,8 @@ def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
     run(run_dir, f"--stage dryrun {SMALL} --batch_size 2 --max_new_tokens 9")
     measured = json.loads(capsys.readouterr().out.split("DRYRUN ")[1].split("\n")[0])
     assert min(measured[name] for name in ("rollout_s", "update_s", "tokens_per_s", "peak_gib")) > 0
-    samples = read_lines(run_dir / "dryrun" / "samples.jsonl")
-    assert all(set(s["tokens"]) == {9} and all(s["truncated"]) for s in samples)
+    for sample in read_lines(run_dir / "dryrun" / "samples.jsonl"):
+        assert {*sample["tokens"]} == {9} and all(sample["truncated"])
     assert measured["rl_hours"] >= 0 and not (run_dir / "dryrun" / "model.safetensors").exists()
 
 
