@@ -1605,13 +1605,13 @@ def run_stages(names: list[str], flags: dict) -> None:
         load_clip(each)
     for path in filter(None, (flags.get("from_data"), cfg.sft_data, cfg.train_data, cfg.test_data)):
         checked_rows(path, cfg, None, ())
-    if cfg.overwrite and names[0] != "dryrun" and accelerator.is_main_process:
+    if cfg.overwrite and names[0] != "dryrun":
         order = [*ORDER[:-1], *ARMS, "evaluate"]
-        discarded = [folder / name for name in order[order.index(names[0]) :]]
-        for path in (Path(cfg.from_model), Path(cfg.from_data)):
+        discarded = [(folder / name).resolve() for name in order[order.index(names[0]) :]]
+        for path in (Path(cfg.from_model).resolve(), Path(cfg.from_data).resolve()):
             kept = not {path, *path.parents} & {*discarded}
             require(kept, f"--overwrite would delete {path}, which the stage starts from: copy it")
-        for later in reversed(discarded):
+        for later in reversed(discarded) if accelerator.is_main_process else ():
             shutil.rmtree(later, ignore_errors=True)
     accelerator.wait_for_everyone()
     for each in todo:

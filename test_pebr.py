@@ -1273,7 +1273,8 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         (f"--stage perception --model x --sft_data {toy}/sft.json", "--stage sample needs --train_data"),
         ("--stage evaluate --clip_model local-dir:/no/folder", "--clip_model local-dir:/no/folder"),
         ("--seed 5", "was made with --seed 0 "),
-        (f"--stage warmup --overwrite --from_model {tmp_path}/run/perception", "would delete .*/perception"),
+        ("--toy_shapes 0.5", "was made with --seed 0 --toy_shapes 0.1"),
+        (f"--stage warmup --overwrite --from_model {tmp_path}/x/../run/sample", "would delete .*/run/sample"),
         ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be at least 1"),
         ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
         ("--stage perception --temperature 0", "--temperature 0.0: must be above 0"),
@@ -1335,6 +1336,8 @@ def test_a_run_moves_parameters_and_leaves_what_the_readme_promises(toy_run):
     lists = words("responses tokens truncated parts rewards advantages")
     assert {len(samples[0][name]) for name in lists} == {2}  # G
     assert samples[0]["parts"][0].keys() == {"clip", "cosine", "keyword", "format", "length", "accuracy"}
+    named = words("base warmup perception reasoning greedy sampled interval pass@2")
+    assert set(named) <= set(words((toy_run / "evaluate" / "test" / "table.txt").read_text()))
 
 
 def test_a_done_stage_is_kept_and_redone_from_its_seed_without_those_after_it(toy_run, tmp_path, capsys):
@@ -1414,13 +1417,21 @@ def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
     assert measured["rl_hours"] >= 0 and not (run_dir / "dryrun" / "model.safetensors").exists()
 
 
+def test_a_complete_toy_world_is_left_alone(toy, tmp_path):
+    made = shutil.copytree(toy, tmp_path / "toy")
+    (made / "sft.json").unlink()
+    data.build_toy_world(str(made), 0, TINY)
+    assert not (made / "sft.json").exists()
+
+
 def test_difficulty_is_all_some_or_none_right_of_exactly_n():
     rows = [Row("", str(i), "q", "a") for i in range(4)]
     scores = {"0": [1.0] * 8, "1": [1.0] + [0.0] * 7, "2": [0.0] * 8, "3": [1.0] * 7 + [0.0]}
     split = pebr.split_by_difficulty(rows, scores, 8)
     assert split == {"easy": [rows[0]], "medium": [rows[1], rows[3]], "hard": [rows[2]]}
-    with pytest.raises(DataError, match="16 scores, not 8"):
-        pebr.split_by_difficulty(rows[:1], {"0": [1.0] * 16}, 8)
+    for n in (7, 16):
+        with pytest.raises(DataError, match=f"{n} scores, not 8"):
+            pebr.split_by_difficulty(rows[:1], {"0": [1.0] * n}, 8)
 
 
 def test_steps_cover_each_epoch_once():
@@ -1517,7 +1528,9 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
     ("perception", "optimizer_step", 2, 0, "checkpoint-1"),
     ("sample", "generate_rollouts", 1, 0, ""),  # goes on with the questions that have no line
 ])  # fmt: skip
-def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, toy_run, tmp_path, monkeypatch):
+def test_a_stage_resumes_to_the_same_files(
+    stage, call, calls, minutes, left, toy_run, tmp_path, monkeypatch, capsys
+):
     folder, before = new_run(toy_run / "toy", tmp_path / "run") / stage, iter([getattr(pebr, call)] * calls)
     flags = f"{small(stage, toy_run)} --checkpoint_minutes {minutes}"
     flags += f" --from_model {toy_run}/warmup --generate_batch_size 4" * (stage == "sample")
@@ -1529,8 +1542,12 @@ def test_a_stage_resumes_to_the_same_files(stage, call, calls, minutes, left, to
     log, newer = ("rollouts", "") if stage == "sample" else ("metrics", '{"step": 2, "loss": 1}\n')
     with open(folder / f"{log}.jsonl", "a") as file:
         file.write(newer + '{"st')  # a line after the checkpoint's, and a torn one
+    if stage == "sample":  # or one split would be of two lengths
+        with pytest.raises(SystemExit, match="was begun with --max_new_tokens 16; --overwrite begins"):
+            run(folder.parent, flags, "--max_new_tokens 9")
     sent = calls_of("broadcast_object_list", monkeypatch)
-    run(folder.parent, flags)
+    run(folder.parent, flags, "--skip_bad_rows")
+    assert "was begun with --skip_bad_rows False" in capsys.readouterr().out
     assert files_of(folder) == files_of(toy_run / stage)
     for [[qids]] in sent:  # other processes need to know which questions are done, and not the answers
         assert len(qids) == 2 and all(type(qid) is str for qid in qids)
