@@ -366,8 +366,8 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 #     forgets, and half of the samples do not: medium questions. Questions about colors only are easy.
 #   - 1 RL question of 10 asks for a shape, 6 held-out questions of 10 do: the answer's reward alone is a bad
 #     teacher of shapes. --toy_shapes sets this share.
-#   - Prices are not in the warm-up at all: hard questions. 2,000 RL questions: a stage asks one once or
-#     twice, so none is learned by heart. 1,000 held-out questions: a standard error of 1.5 points.
+#   - Prices, 1 question of 8, are not in the warm-up at all: hard questions. A stage asks each of the 2,000 RL
+#     questions once or twice: none is learned by heart. 1,000 held-out ones: a standard error of 1.5 points.
 # ============================================================================================================
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50)}
@@ -410,8 +410,8 @@ def build_toy_world(folder: str, seed: int, toy: ToyConfig) -> None:
     print(f"toy world: writing pictures, rows, a tiny Qwen2.5-VL and a tiny CLIP to {folder}", flush=True)
     Path(folder, "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    asks = ["count"] * 7 + ["subtract"] * 7
-    kinds = {"sft": ["count"] * 3 + ["subtract"] * 9, "train": asks + ["price"] * 2, "test": asks + ["price"]}
+    asks = ["count"] * 7 + ["subtract"] * 7 + ["price"] * 2
+    kinds = {"sft": ["count"] * 3 + ["subtract"] * 9, "train": asks, "test": asks}
     for name, count in ("sft", toy.sft_rows), ("train", toy.rl_rows), ("test", toy.test_rows):
         share = toy.asks_shapes if name == "train" else 0.6
         asked = [toy_question(rng, kinds[name], share) for _ in range(count)]
