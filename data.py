@@ -366,7 +366,7 @@ def chat_messages(row: Row, instruction: str) -> list[dict]:
 #     forgets, and half of the samples do not: medium questions. Questions about colors only are easy.
 #   - 1 RL question of 10 asks for a shape, 6 held-out questions of 10 do: the answer's reward alone is a bad
 #     teacher of shapes. --toy_shapes sets this share.
-#   - Prices, 1 question of 8, are not in the warm-up at all: hard questions. A stage asks each of the 2,000 RL
+#   - Prices, 1 question of 8, are not in the warm-up: hard questions. A stage asks each of the 2,000 RL
 #     questions once or twice: none is learned by heart. 1,000 held-out ones: a standard error of 1.5 points.
 # ============================================================================================================
 

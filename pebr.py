@@ -53,6 +53,7 @@ import os
 from pathlib import Path
 import resource
 import shutil
+import statistics
 import sys
 import time
 import zlib
@@ -77,8 +78,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from data import IMAGE_MARK, INSTRUCTION, DataError, Row, ToyConfig, build_toy_world, chat_messages
-from data import filter_warmup_rows, has_instruction, load_image, load_rows, open_picture
-from data import write_tsv_predictions
+from data import filter_warmup_rows, has_instruction, load_image, load_rows, write_tsv_predictions
 from rewards import HEADING, STAGE_REWARDS, ClipError, ClipScorer, evaluation_table, keyword_reward
 from rewards import parse_response, score_parts, score_predictions, total_reward
 
@@ -287,9 +287,8 @@ def load_policy(path: str, cfg: Config) -> Policy:
         if should_reduce_batch_size(error):
             raise
         raise ConfigError(f"cannot load a vision-language model from {path}: {error}") from error
-    text = model.config.get_text_config()
-    if found["missing_keys"]:  # transformers goes on with random ones
-        raise ConfigError(f"{path}: its weights lack {min(found['missing_keys'])}")
+    text, missing = model.config.get_text_config(), found["missing_keys"]
+    require(not missing, f"{path}: its weights lack {min(missing, default='')}")  # they would be random
     chats = getattr(processor, "chat_template", None) and hasattr(processor, "tokenizer")
     require(chats, f"{path}: no processor with a chat template")
     if scaled := [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1)]:
@@ -699,10 +698,10 @@ def prepare_training(policy: Policy, cfg: Config):
     """The policy as accelerate wraps it, in train mode, and its optimizer."""
     kind = policy.model.config.model_type
     accelerator.print(f"engine: {'fast, prompts shared within groups' if policy.fast else 'plain'} ({kind})")
+    vision = vision_parameters(policy.model)
     if cfg.freeze_vision:
-        if not vision_parameters(policy.model):
-            raise ConfigError(f"--freeze_vision: {kind} has no {', '.join(VISION)}; use --no-freeze_vision")
-        for p in vision_parameters(policy.model):
+        require(vision, f"--freeze_vision: {kind} has no {', '.join(VISION)}; use --no-freeze_vision")
+        for p in vision:
             p.requires_grad_(False)
     if cfg.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
@@ -752,9 +751,9 @@ def warmup(cfg: Config, folder: Path) -> tuple:
     own = sum(map(has_instruction, rows))
     accelerator.print(f"{len(rows)} warm-up rows, {own} with an instruction of their own; dropped: {dropped}")
     model, optimizer = prepare_training(policy, cfg)
-    log = StepLog(folder, cfg, len(rows))
-    batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
-    for batch in encoded_ahead(batches, lambda item: encode_example(policy, item[1], cfg)):
+    log, encode = StepLog(folder, cfg, len(rows)), lambda row, _: encode_example(policy, row, cfg)
+    for step in range(log.step, log.total + 1):
+        batch = encode_all(local_questions(rows, step, cfg), encode)
         num_tokens = everywhere(sum(len(example.tokens) for example in batch))
         sums = Counter()
         for micro in in_batches(batch, cfg.micro_batch_size):
@@ -764,7 +763,7 @@ def warmup(cfg: Config, folder: Path) -> tuple:
                 loss = -(logprobs * mask).sum() / num_tokens
                 accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over processes
             sums.update({"loss": loss.detach()})
-        metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(log.step, log.total, cfg), cfg)
+        metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(step, log.total, cfg), cfg)
         log.lap("update")
         log.end_step(metrics | {"tokens": num_tokens})
     return policy, model
@@ -810,7 +809,6 @@ def sample(cfg: Config, folder: Path) -> None:
     right = Counter(int(sum(scores[row.qid])) for row in rows)
     summary = {"questions": len(rows), **{name: len(part) for name, part in split.items()}}
     summary["right of n"] = {k: right[k] for k in range(cfg.group_size + 1)}
-    summary["image_root"] = os.path.relpath(cfg.image_root or Path(cfg.from_data).parent, folder)
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
@@ -823,11 +821,11 @@ def answer_questions(policy: Policy, rows: list, n: int, cfg: Config, path: Path
     write_jsonl(path, earlier)  # without a torn last line
     done = set(broadcast_object_list([[record["qid"] for record in earlier]])[0])
     width = max(1, cfg.generate_batch_size // n) * accelerator.num_processes
-    chunks = in_batches(list(enumerate(rows)), width)
-    chunks = [chunk for chunk in chunks if any(row.qid not in done for _, row in chunk)]
-    mine = (chunk[accelerator.process_index :: accelerator.num_processes] for chunk in chunks)
-    batches = encoded_ahead(mine, lambda item: encode_prompt(policy, item[1], cfg, item[0]))
-    for prompts in tqdm(batches, total=len(chunks), desc=path.stem):
+    chunks = in_batches([(row, position) for position, row in enumerate(rows)], width)
+    chunks = [chunk for chunk in chunks if any(row.qid not in done for row, _ in chunk)]
+    for chunk in tqdm(chunks, desc=path.stem):
+        mine = chunk[accelerator.process_index :: accelerator.num_processes]
+        prompts = encode_all(mine, lambda row, i: encode_prompt(policy, row, cfg, i))
         rollouts = generate_rollouts(policy, prompts, n, cfg, path.stem)
         records = answer_records(rollouts, n, parts=score_parts(rollouts, clip_scorer))
         append_jsonl(path, [record for record in records if record["qid"] not in done])
@@ -859,11 +857,11 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
     model, optimizer = prepare_training(policy, cfg)
     reference = load_reference(cfg.from_model, cfg)
     update_size = cfg.update_batch_size * cfg.group_size // accelerator.num_processes  # rollouts here
-    log = StepLog(folder, cfg, len(rows))
-    batches = (local_questions(rows, step, cfg) for step in range(log.step - 1, log.total))
-    for prompts in encoded_ahead(batches, lambda item: encode_prompt(policy, item[1], cfg, item[0])):  # P
+    log, encode = StepLog(folder, cfg, len(rows)), lambda row, i: encode_prompt(policy, row, cfg, i)
+    for step in range(log.step, log.total + 1):
+        prompts = encode_all(local_questions(rows, step, cfg), encode)  # P
         # These rollouts serve all updates of the step: the policy that gave them is their old policy.
-        rollouts = generate_rollouts(policy, prompts, cfg.group_size, cfg, f"{cfg.stage} {log.step} 0")
+        rollouts = generate_rollouts(policy, prompts, cfg.group_size, cfg, f"{cfg.stage} {step} 0")
         log.lap("rollout")
 
         parts = score_parts(rollouts, clip_scorer)  # P * G dicts
@@ -920,8 +918,8 @@ def evaluate(cfg: Config, folder: Path) -> None:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
     folder, rows, clip_scorer = folder / Path(cfg.from_data).stem, [], load_clip(cfg)
     settings = json.dumps({name: getattr(cfg, name) for name in EVALUATED.split()})
-    if (folder / "settings.json").is_file() and (folder / "settings.json").read_text() != settings:
-        raise ConfigError(f"{folder} is of another file or other settings: use another --run_dir")
+    begun = (folder / "settings.json").read_text() if (folder / "settings.json").is_file() else settings
+    require(begun == settings, f"{folder} is of another file or other settings: use another --run_dir")
     accelerator.wait_for_everyone()
     write_text(folder / "settings.json", settings)
     modes = {"greedy": (1, 0.0), "sampled": (cfg.eval_samples, cfg.eval_temperature)}
@@ -963,35 +961,31 @@ def read_instruction(prompt_file: str) -> str:
 def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str, ...]) -> list[Row]:
     """Rows of a data file that have the fields in `need`; with a policy, each is encoded as training will.
     Broken rows stop the run with the whole list; --skip_bad_rows drops and counts them [9]."""
-    root = cfg.image_root
-    # A split that this run's sampling wrote: the pictures are where they were.
-    summary = Path(cfg.run_dir, "sample", "summary.json").resolve()
-    if not root and Path(path).resolve().parent == summary.parent and summary.is_file():
-        root = str(summary.parent / json.loads(summary.read_text())["image_root"])
+    sampled = Path(path).parent == Path(cfg.run_dir, "sample")  # its pictures are where they were
+    root = cfg.image_root or (os.path.dirname(cfg.train_data) if sampled else "")
     rows, problems = load_rows(path, root, need)
 
-    def problem(row: Row) -> str:
+    def problem(row: Row) -> tuple[str, str]:
         try:
             example = encode_example(policy, row, cfg)
         except DataError as error:
-            return str(error)
+            return row.where, str(error)
         length = example.prompt.inputs["input_ids"].shape[1] + len(example.tokens) * (cfg.stage == "warmup")
-        return f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
+        long = f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
+        return row.where, long
 
     if policy:
-        batches = in_batches(rows[accelerator.process_index :: accelerator.num_processes], 64)
-        found = encoded_ahead(batches, lambda row: (row.where, problem(row)))
-        found = tqdm(found, total=len(batches), desc=f"checking {Path(path).name}", leave=False)
-        found = dict(gather_object(list(itertools.chain(*found))))
+        mine, found = [(row,) for row in rows[accelerator.process_index :: accelerator.num_processes]], []
+        for batch in tqdm(in_batches(mine, 64), desc=f"checking {Path(path).name}", leave=False):
+            found += encode_all(batch, problem)
+        found = dict(gather_object(found))
         problems += [found[row.where] for row in rows if found[row.where]]
         rows = [row for row in rows if not found[row.where]]
     if problems:
         listed = "\n  ".join([f"{path}: {len(problems)} broken rows", *problems[:50]])
-        if not cfg.skip_bad_rows:
-            raise DataError(f"{listed}\n--skip_bad_rows drops them")
+        require(cfg.skip_bad_rows, f"{listed}\n--skip_bad_rows drops them")
         accelerator.print(f"dropped: {listed}")
-    if not rows:
-        raise DataError(f"{path}: no usable rows")
+    require(rows, f"{path}: no usable rows")
     return rows
 
 
@@ -1008,15 +1002,15 @@ def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     return rows
 
 
-def local_questions(rows: list[Row], step: int, cfg: Config) -> list[tuple[int, Row]]:
-    """This process's part of every update of a step (from 0), as (position in the step, row): an update has
+def local_questions(rows: list[Row], step: int, cfg: Config) -> list[tuple[Row, int]]:
+    """This process's part of every update of a step (from 1), as (row, position in the step): an update has
     the same questions on any number of processes. Steps follow each other through shuffled epochs."""
-    first, n = step * cfg.batch_size, len(rows)
+    first, n = (step - 1) * cfg.batch_size, len(rows)
     epochs = range(first // n, (first + cfg.batch_size - 1) // n + 1)
     order = [torch.randperm(n, generator=seeded(f"{cfg.seed} {epoch}")) for epoch in epochs]
     order = torch.cat(order).tolist()[first % n :]
     mine = range(accelerator.process_index, cfg.batch_size, accelerator.num_processes)
-    return [(position, rows[order[position]]) for position in mine]
+    return [(rows[order[position]], position) for position in mine]
 
 
 def seeded(seed: str) -> torch.Generator:
@@ -1027,16 +1021,12 @@ def in_batches(items, size: int) -> list:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def encoded_ahead(batches, encode):
-    """Yields each batch with `encode` applied to its items: for a GPU by threads, while the batch before it
-    trains; on a CPU in line, because threads would take the cores that train."""
+def encode_all(questions: list[tuple[Row, int]], encode) -> list:
+    """[encode(row, position)]: for a GPU in threads; on a CPU they would take the cores that train."""
     if accelerator.device.type == "cpu":
-        yield from ([encode(item) for item in batch] for batch in batches)
-        return
-    with ThreadPoolExecutor(4) as pool:
-        submitted = (pool.map(encode, batch) for batch in batches)
-        for batch, _ in itertools.pairwise(itertools.chain(submitted, [None])):
-            yield list(batch)
+        return list(itertools.starmap(encode, questions))
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(encode, *zip(*questions)))
 
 
 def load_reference(model_path: str, cfg: Config) -> Policy | None:
@@ -1047,12 +1037,12 @@ def load_reference(model_path: str, cfg: Config) -> Policy | None:
     if cfg.mixed_precision == "bf16":
         for p in reference.parameters():  # not .to(bfloat16): rotary frequencies, a buffer, stay float32
             p.data = p.data.bfloat16()
-    if accelerator.is_fsdp2:  # by torch: accelerate shards only what has an optimizer
-        for module in (*reference.model.get_decoder().layers, reference):
-            precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-            fully_shard(module, reshard_after_forward=True, mp_policy=precision)
-        return reference
-    return reference.to(accelerator.device)
+    if not accelerator.is_fsdp2:
+        return reference.to(accelerator.device)
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*reference.model.get_decoder().layers, reference):  # accelerate would want an optimizer
+        fully_shard(module, reshard_after_forward=True, mp_policy=precision)
+    return reference
 
 
 def load_clip(cfg: Config) -> ClipScorer | None:
@@ -1062,10 +1052,6 @@ def load_clip(cfg: Config) -> ClipScorer | None:
         return None
     with accelerator.local_main_process_first():  # it downloads, the others find that done
         return ClipScorer(cfg.clip_model, accelerator.device, cfg.cosine_lo, cfg.cosine_hi)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes
 
 
 def everywhere(number: int) -> int:
@@ -1257,17 +1243,13 @@ def dryrun(cfg: Config, folder: Path) -> None:
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>PeBR run</title><style>
-:root { color-scheme: light dark; font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-body { max-width: 1240px; margin: auto; padding: 1em; overflow-wrap: anywhere } pre { overflow-x: auto }
-.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)) }
-.charts { grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) } h2 { text-transform: capitalize }
-@media (max-width: 600px) { .cards { display: flex; overflow-x: auto } article { flex: 0 0 80% } }
+:root { color-scheme: light dark; font: 14px/1.5 system-ui, sans-serif } pre { overflow-x: auto }
+body { max-width: 1240px; margin: auto; padding: 1em; overflow-wrap: anywhere } small { color: #888 }
+.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)) }
 article { background: #8881; border-radius: 6px; padding: .8em; max-height: 38em; overflow-y: auto }
 .description { border-left: 3px solid #4c8bc0; padding-left: .6em } img { width: 96px } p { margin: .4em 0 }
-.k0 { color: #cc6a5c; text-decoration: line-through } .k1 { color: #4f9d69 } i { background: #4c8bc0 }
-.question { display: flex; gap: 1em; align-items: center; margin: 1em 0; white-space: pre-line }
-svg { width: 100%; height: 70px; border: solid #8885; border-width: 1px 0; fill: none; stroke: #4c8bc0 }
-polyline { vector-effect: non-scaling-stroke } small { color: #888 }</style><h1>PeBR run</h1>"""
+.k0 { color: #cc6a5c; text-decoration: line-through } .k1 { color: #4f9d69 } svg { width: 100% }
+.question { display: flex; gap: 1em; margin: 1em 0; white-space: pre-line }</style><h1>PeBR run</h1>"""
 
 
 def write_report(run_dir: Path) -> None:
@@ -1275,25 +1257,42 @@ def write_report(run_dir: Path) -> None:
     if accelerator.is_main_process:
         page = [PAGE, *map(evaluation_section, sorted(run_dir.glob("evaluate/*/table.txt")))]
         page += map(difficulty_section, run_dir.glob("sample/summary.json"))
-        logs = [run_dir / stage / "metrics.jsonl" for stage in (*ORDER, *ARMS)]
-        page += [training_section(log) for log in logs if log.is_file()]
+        page += [training_section(log) for s in (*ORDER, *ARMS) for log in run_dir.glob(f"{s}/metrics.jsonl")]
         write_text(run_dir / "report.html", "".join(page).encode("ascii", "xmlcharrefreplace").decode())
 
 
-@functools.lru_cache(maxsize=8)
 def rows_by_qid(path: str | Path, image_root: str) -> dict[str, Row]:
     with suppress(DataError):  # no rows, or moved
-        return {row.qid: replace(row, raw={}) for row in load_rows(str(path), image_root)[0]}
+        return {row.qid: row for row in load_rows(str(path), image_root)[0]}
     return {}
+
+
+def chart(title: str, lines: dict[str, list], left: int = 0) -> str:
+    """An SVG of 320 by 250, placed `left` in a wider one. lines: {label: [(x, y), ...]}"""
+    xs, ys = zip(*itertools.chain(*lines.values()))
+    low, high, start, end = min(ys), max(ys), min(xs), max(xs)
+    to_x = lambda x: 40 + 265 * (x - start) / (end - start or 1)
+    to_y = lambda y: 185 - 155 * (y - low) / (high - low or 1)
+    body = f'<text y="16" font-weight="bold">{title}</text><text x="40" y="204">{start:g}</text>'
+    body += f'<text x="305" y="204" text-anchor="end">{end:g}</text>'
+    for y in (low + (high - low) * tick / 4 for tick in range(5)):
+        body += f'<path d="M40 {to_y(y):.1f}h265" stroke="currentColor" opacity=".2"/>'
+        body += f'<text y="{to_y(y) + 4:.1f}">{y:.3g}</text>'
+    for i, (label, line) in enumerate(lines.items()):
+        color = ("#4c8bc0", "#9a76b8", "#d0813a", "#4f9d69")[i]
+        points = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in line)
+        body += f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>'
+        body += f'<text x="{40 + 130 * (i % 2)}" y="{224 + 18 * (i // 2)}" fill="{color}">{label}</text>'
+    return (
+        f'<svg x="{left}" width="320" viewBox="0 0 320 250" font-size="12" fill="currentColor">{body}</svg>'
+    )
 
 
 def gallery(row: Row, heads: list[str] = (), responses: list[str] = ()) -> str:
     """A question, and responses with the keywords that they name or miss and their sections set apart."""
     file, cards = io.BytesIO(), ""
     with suppress(DataError, IndexError):  # moved, or none
-        thumbnail = open_picture(row.images[0])
-        thumbnail.thumbnail((200, 200))
-        thumbnail.save(file, "WEBP")
+        load_image(row.images[0], 40_000).save(file, "WEBP")
     picture = f'<img alt="" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
     section = lambda match: f'</p><p class="{match.lastgroup}"><small>{match[0].strip("#:. ")}</small>'
     for head, text in zip(heads, responses):
@@ -1301,44 +1300,38 @@ def gallery(row: Row, heads: list[str] = (), responses: list[str] = ()) -> str:
         words = [f'<span class="k{keyword_reward(said, [w]):.0f}">{escape(w)}</span>' for w in row.key_words]
         cards += f"<article>{head}<p>{', '.join(words)}</p><p>{body}</p></article>"
     problem = f"<div>{escape(row.problem.replace(IMAGE_MARK, ''))} <b>{escape(row.answer)}</b></div>"
-    return f'<div class="question">{picture}{problem}</div><div class="grid cards">{cards}</div>'
-
-
-def chart(name: str, metrics: list[dict]) -> str:
-    values = [m[name] for m in metrics if isinstance(m.get(name), float)]
-    points = " ".join(f"{i},{-value}" for i, value in enumerate(values))
-    low, high = min([0, *values]), max([0, *values]) or 1
-    box = f'viewBox="0 {-high} {len(values) - 1} {high - low}" preserveAspectRatio="none"'
-    svg = f'<svg {box}><polyline points="{points}"/></svg><small>{low:.3g} to {high:.3g}</small>'
-    return f"<div>{name} <b>{values[-1]:.3g}</b>{svg}</div>" if values else ""
+    return f'<div class="question">{picture}{problem}</div><div class="grid">{cards}</div>'
 
 
 def training_section(path: Path) -> str:
     """Curves; of the last 16 questions, the two whose rollouts differ most in reward."""
     metrics, cfg = read_jsonl(path), json.loads(path.with_name("settings.json").read_text())
-    charts = [chart(name, metrics) for name in (*SHOWN, "tied_groups", "truncated")]
-    page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid charts">{"".join(charts)}</div>'
-    files, root = (cfg["train_data"], cfg["from_data"]), cfg["image_root"]
-    rows = {qid: row for file in files for qid, row in rows_by_qid(file, root).items()}
+    curve = lambda name: [(m["step"], m[name]) for m in metrics if isinstance(m.get(name), float)]
+    charts = [chart(name, {"": curve(name)}) for name in (*SHOWN, "tied_groups", "truncated") if curve(name)]
+    page = f'<h2>{path.parent.name}, step {len(metrics)}</h2><div class="grid">{"".join(charts)}</div>'
+    root = cfg["image_root"]
+    rows = rows_by_qid(cfg["train_data"], root) | rows_by_qid(cfg["from_data"], root)
     records = read_jsonl(path.with_name("samples.jsonl"), tail=2**20)[-16:]
     spread = lambda record: min(record["rewards"]) - max(record["rewards"])
     for record in sorted((r for r in records if r["qid"] in rows), key=spread)[:2]:
-        columns = zip(*(record[name] for name in ("rewards", "advantages", "parts", "responses")))
-        best_first, heads = sorted(columns, key=lambda column: -column[0]), []
-        for reward, advantage, parts, _ in best_first:
-            named = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-            heads.append(f"advantage {advantage:+.2f}, reward {reward:.2f}<br><small>{named}</small>")
-        page += gallery(rows[record["qid"]], heads, [column[-1] for column in best_first])
+        parts = [", ".join(f"{name} {value:.2f}" for name, value in part.items()) for part in record["parts"]]
+        columns = zip(record["advantages"], record["rewards"], parts)
+        heads = [f"advantage {a:+.2f}, reward {r:.2f}<br><small>{part}</small>" for a, r, part in columns]
+        page += gallery(rows[record["qid"]], heads, record["responses"])
     return page
 
 
 def difficulty_section(path: Path) -> str:
-    summary, pictures = json.loads(path.read_text()), ""
+    """How many questions had 0 ... n right answers; three of each kind."""
+    summary, cfg = [
+        json.loads(path.with_name(name).read_text()) for name in ("summary.json", "settings.json")
+    ]
+    root, pictures = cfg["image_root"] or os.path.dirname(cfg["from_data"]), ""
     for name in ("hard", "medium", "easy"):
-        rows = rows_by_qid(path.with_name(f"{name}.json"), str(path.parent / summary["image_root"]))
+        rows = rows_by_qid(path.with_name(f"{name}.json"), root)
         pictures += f"<div>{summary[name]} {name}{''.join(map(gallery, list(rows.values())[:3]))}</div>"
-    bar = lambda count: f"{count:>6} <i>{' ' * (14 * count // max(summary['right of n'].values()))}</i>"
-    bars = "".join(f"{k:>2} right {bar(count)}\n" for k, count in summary["right of n"].items())
+    counts, most = summary["right of n"], max(summary["right of n"].values())
+    bars = "".join(f"{k:>2} right {n:>6} {'█' * (12 * n // most)}\n" for k, n in counts.items())
     return f'<h2>Difficulty</h2><div class="grid"><pre>{bars}</pre>{pictures}</div>'
 
 
@@ -1360,19 +1353,17 @@ def evaluation_section(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # Ablation: from one warm-up and in as many steps, two stages against perception, reasoning or both in one
 
-
 LABELS = {"warmup": "warm-up", "perception": "after perception", "reasoning": "two stages"}
 LABELS |= {arm: arm.replace("_", " ") for arm in ARMS}
 GAP = "two - reasoning"
 MISPERCEIVED = "triangle, square"  # the toy's questions that hang on what its teacher sees wrong
+FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 250" font-family="sans-serif"><style>
+svg {{ color: #24292f }} @media (prefers-color-scheme: dark) {{ svg {{ color: #d0d7de }} }}</style>{}</svg>"""
 
 
 def ablation(flags: dict) -> None:
-    """Run the arms for each seed, in run folders of their own; write their scores, a table and a figure.
-
-    After runs with several --toy_shapes, shares.svg shows for which of them it pays to see first.
-    """
-    cfg, seeds = resolve("evaluate", flags), []
+    """Run the arms for each seed, in run folders of their own; write their scores, a table and figures."""
+    cfg, scores = resolve("evaluate", flags), {}  # {model: {measure: [its score with each seed]}}
     require(cfg.ablation_seeds > 0, f"--ablation_seeds {cfg.ablation_seeds}: must be at least 1")
     folder, name = Path(cfg.run_dir, "ablation"), f"shapes{cfg.toy_shapes}"
     for seed in tqdm(range(cfg.ablation_seeds), desc="ablation"):
@@ -1380,97 +1371,53 @@ def ablation(flags: dict) -> None:
         own = flags | {"run_dir": str(run_dir), "seed": seed}
         run_stages(ORDER[:-1], own)
         logs = [run_dir / stage / "metrics.jsonl" for stage in ("perception", "reasoning")]
-        steps = [everywhere(len(read_jsonl(log))) for log in logs]
-        run_stages([*ARMS, "evaluate"], own | {"max_steps": sum(steps)})
-        seeds.append(held_out(run_dir / "evaluate" / Path(cfg.test_data).stem))
+        seeing, reasoning = (everywhere(len(read_jsonl(log))) for log in logs)
+        run_stages([*ARMS, "evaluate"], own | {"max_steps": seeing + reasoning})
+        for model, label in LABELS.items():
+            add_scores(scores.setdefault(label, {}), run_dir / "evaluate" / Path(cfg.test_data).stem / model)
+    two, one = scores["two stages"], scores["reasoning only"]
+    scores[GAP] = {measure: [round(a - b, 4) for a, b in zip(two[measure], one[measure])] for measure in two}
+    table = ablation_table(scores)
+    write_text(folder / f"{name}.txt", table + "\n")
+    write_text(folder / f"{name}.json", json.dumps(scores, indent=1))
     if accelerator.is_main_process:
-        write_text(folder / f"{name}.json", json.dumps(seeds, indent=1))
-        write_text(folder / f"{name}.svg", svg_figure(step_panels(seeds, *steps)))
-        shares = {float(path.stem[6:]): json.loads(path.read_text()) for path in folder.glob("shapes*.json")}
-        if len(shares) > 1:
-            write_text(folder / "shares.svg", svg_figure(gap_panel(shares)))
-        table = ablation_table(seeds)
-        write_text(folder / f"{name}.txt", table + "\n")
-        print(f"\n{table}\n\n{folder}/{name}.svg shows it")
+        write_figures(folder, name, scores, seeing, seeing + reasoning)
+    accelerator.print(f"\n{table}\n\n{folder}/{name}.svg shows it")
 
 
-def held_out(folder: Path) -> dict[str, dict[str, float]]:
-    """An evaluation's {model: {measure: score}}, and the gap: two stages minus reasoning only."""
-    found = {}
-    for model, label in LABELS.items():
-        scores = json.loads((folder / model / "scores.json").read_text())
-        kinds = itertools.product(("accuracy", "keyword"), scores)
-        found[label] = {f"{mode} {name}": scores[mode][name] for name, mode in kinds}
-        misperceived = scores["greedy"]["categories"].get(MISPERCEIVED, {"accuracy": None})
-        found[label][MISPERCEIVED] = misperceived["accuracy"]
-        found[label] = {name: score for name, score in found[label].items() if score is not None}
-    two, one = found["two stages"], found["reasoning only"]
-    return found | {GAP: {name: round(two[name] - one[name], 4) for name in two}}
+def add_scores(scores: dict[str, list], folder: Path) -> None:
+    """Append a model's scores in an evaluation to the lists of `scores`."""
+    modes = json.loads((folder / "scores.json").read_text())
+    found = {f"{mode} {name}": modes[mode][name] for name in ("accuracy", "keyword") for mode in modes}
+    found[MISPERCEIVED] = modes["greedy"]["categories"].get(MISPERCEIVED, {}).get("accuracy")
+    for measure, score in found.items():
+        if score is not None:  # data without keywords, or without the toy's categories
+            scores.setdefault(measure, []).append(score)
 
 
-def means(seeds: list[dict]) -> dict[str, dict[str, float]]:
-    """{model: {measure: its mean over the seeds}}"""
-    return {model: mean_of(seed[model] for seed in seeds) for model in seeds[0]}
-
-
-def ablation_table(seeds: list[dict]) -> str:
+def ablation_table(scores: dict[str, dict]) -> str:
     """Mean ± standard deviation over the seeds."""
-    lines = [" " * 19 + "".join(f"{name:>18}" for name in seeds[0][GAP])]
-    for model in seeds[0]:
-        values = torch.tensor([list(seed[model].values()) for seed in seeds])  # (seeds, measures)
-        stds = values.std(0, correction=min(1, len(seeds) - 1))
-        cells = [f"{mean:>10.3f} ± {std:.3f}" for mean, std in zip(values.mean(0), stds)]
+    deviation = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0
+    lines = [" " * 19 + "".join(f"{measure:>18}" for measure in scores[GAP])]
+    for model, measures in scores.items():
+        cells = [f"{statistics.fmean(v):>10.3f} ± {deviation(v):.3f}" for v in measures.values()]
         lines.append(f"{model:<19}" + "".join(cells))
-    return "\n".join([*lines, f"held-out questions; seeds: {len(seeds)}"])
+    return "\n".join([*lines, f"held-out questions; seeds: {len(scores[GAP]['greedy accuracy'])}"])
 
 
-def step_panels(seeds: list[dict], seeing: int, reasoning: int) -> dict[str, dict]:
-    """Greedy scores over the RL steps, for svg_figure."""
-    mean, panels, end = means(seeds), {}, seeing + reasoning
-    for name in (name for name in mean[GAP] if "sampled" not in name):
-        start, middle = mean["warm-up"][name], mean["after perception"][name]
-        arms = [LABELS[arm] for arm in ("reasoning", *ARMS)]
-        panels[f"{name}, by RL step"] = lines = {arm: [(0, start), (end, mean[arm][name])] for arm in arms}
-        lines["two stages"].insert(1, (seeing, middle))
-    return panels
-
-
-def gap_panel(shares: dict[float, list]) -> dict[str, dict]:
-    """The gap's greedy scores over the shares, for svg_figure."""
-    gaps = {share: means(shares[share])[GAP] for share in sorted(shares)}
-    names = [name for name in next(iter(gaps.values())) if "sampled" not in name]
-    lines = {name: [(share, gap[name]) for share, gap in gaps.items()] for name in names}
-    return {"two stages minus reasoning only, by share of RL questions about shapes": lines}
-
-
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 270" font-size="12">
-<style>svg {{ color: #24292f; fill: currentColor }} polyline {{ fill: none; stroke-width: 2 }}
-svg {{ font-family: sans-serif }} path {{ stroke: currentColor; opacity: .2 }}
-@media (prefers-color-scheme: dark) {{ svg {{ color: #d0d7de }} }}
-</style>{}</svg>"""
-
-
-def svg_figure(panels: dict[str, dict]) -> str:
-    """Panels side by side: {title: {label: [(x, y), ...]}}."""
-    body, width = "", 960 // len(panels)
-    for left, (title, lines) in zip(range(0, 960, width), panels.items()):
-        xs, ys = zip(*itertools.chain(*lines.values()))
-        low, high = math.floor(10 * min(ys)), math.floor(10 * max(ys)) + 1  # in tenths
-        to_x = lambda x: left + 30 + (width - 50) * (x - min(xs)) / (max(xs) - min(xs))
-        to_y = lambda y: 200 - 165 * (10 * y - low) / (high - low)
-        body += f'<text x="{left}" y="16" font-weight="bold">{title}</text>'
-        for tenth in range(low, high + 1):
-            body += f'<path d="M{left + 30} {to_y(tenth / 10)}h{width - 50}"/>'
-            body += f'<text x="{left}" y="{to_y(tenth / 10) + 4}">{tenth / 10:.1f}</text>'
-        for x in sorted(set(xs)):
-            body += f'<text x="{to_x(x)}" y="218" text-anchor="middle">{x:g}</text>'
-        for i, (label, line) in enumerate(lines.items()):
-            color = ("#d0813a", "#4c8bc0", "#4f9d69", "#9a76b8")[i]
-            points = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in line)
-            body += f'<polyline points="{points}" stroke="{color}"/>'
-            at = left + 30 + 130 * (i % 2), 240 + 18 * (i // 2)
-            body += f'<text x="{at[0]}" y="{at[1]}" fill="{color}">— {label}</text>'
-    return SVG.format(body)
+def write_figures(folder: Path, name: str, scores: dict[str, dict], seeing: int, end: int) -> None:
+    """Greedy scores, mean over the seeds: by RL step, and the gap by --toy_shapes of all runs in `folder`."""
+    steps = {"warm-up": 0, "after perception": seeing}
+    arms = {"two stages": [*steps, "two stages"]} | {LABELS[arm]: ["warm-up", LABELS[arm]] for arm in ARMS}
+    gaps = {float(path.stem[6:]): json.loads(path.read_text())[GAP] for path in folder.glob("shapes*.json")}
+    by_step, by_share = {}, {}
+    for m in (measure for measure in scores[GAP] if "sampled" not in measure):
+        point = lambda model: (steps.get(model, end), statistics.fmean(scores[model][m]))
+        by_step[f"{m}, by RL step"] = {arm: [*map(point, models)] for arm, models in arms.items()}
+        by_share[m] = [(share, statistics.fmean(gaps[share][m])) for share in sorted(gaps)]
+    for stem, panels in (name, by_step), ("shares", {f"{GAP}, by --toy_shapes": by_share}):
+        charts = [chart(*panel, left=320 * i) for i, panel in enumerate(panels.items())]
+        write_text(folder / f"{stem}.svg", FIGURE.format(320 * len(charts), "".join(charts)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1501,18 +1448,17 @@ def run_stage(cfg: Config) -> None:
         return accelerator.print(f"{folder} is done, with {flags}; --overwrite redoes it", flush=True)
     lasting = cfg.stage not in ("evaluate", "dryrun")  # these are never done: later stages bring more models
     begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
-    has_work = lasting and any(path.stat().st_size for path in folder.glob("*.jsonl"))
-    then = json.loads(begun.read_text()) if has_work else asdict(cfg)
-    pinned = PINNED + " max_new_tokens" * (cfg.stage == "sample")
-    for name, value in asdict(cfg).items():
-        if name_of(then[name]) != name_of(value):
-            message = f"{folder} was begun with --{name} {then[name]}"
-            require(name not in pinned.split(), f"{message}; --overwrite begins anew")
-            accelerator.print(message)
+    if lasting and any(path.stat().st_size for path in folder.glob("*.jsonl")):
+        then, now = json.loads(begun.read_text()), asdict(cfg)
+        changed = [f"--{name} {then[name]}" for name in now if name_of(then[name]) != name_of(now[name])]
+        accelerator.print(*(f"{folder} was begun with {flag}" for flag in changed), sep="\n")
+        pinned = PINNED + " max_new_tokens" * (cfg.stage == "sample")
+        fixed = [flag for flag in changed if flag.split()[0][2:] in pinned.split()]
+        require(not fixed, f"{folder} was begun with {', '.join(fixed)}; --overwrite begins anew")
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(begun, json.dumps(asdict(cfg), indent=1))
-    others = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
-    if trained := others.get(cfg.stage, train_grpo)(cfg, folder):
+    work = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
+    if trained := work.get(cfg.stage, train_grpo)(cfg, folder):
         save_policy(*trained, folder)
         trained = None  # for free_memory below
     if lasting:
@@ -1528,43 +1474,43 @@ def run_stage(cfg: Config) -> None:
 def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
     stage, processes = cfg.stage, accelerator.num_processes
-    batch, update = cfg.batch_size, cfg.update_batch_size
-    needs = STAGES[stage].get("from_data", "").strip("{}")
-    require(cfg.from_data or not needs, f"--stage {stage} needs --{needs}, or --from_data and --from_model")
+    batch, update, flag = (
+        cfg.batch_size,
+        cfg.update_batch_size,
+        STAGES[stage].get("from_data", "").strip("{}"),
+    )
+    require(cfg.from_data or not flag, f"--stage {stage} needs --{flag}, or --from_data and --from_model")
     needs_clip = "clip" in STAGE_REWARDS.get(stage, ())
     require(cfg.clip_model or not needs_clip, f"--stage {stage} needs --clip_model")
-    least = "batch_size update_batch_size micro_batch_size generate_batch_size group_size max_new_tokens"
-    least = dict.fromkeys([*least.split(), "epochs"], 1)
-    least |= {"max_steps": 0, "learning_rate": 0, "eval_samples": 0}
+    positive = "batch_size update_batch_size micro_batch_size generate_batch_size max_new_tokens epochs"
+    least = dict.fromkeys(positive.split(), 1) | {"max_steps": 0, "learning_rate": 0, "eval_samples": 0}
+    least["group_size"] = 2 if stage in STAGE_REWARDS else 1  # a group of one has no spread, so no advantage
     for name, low in least.items():
         require(getattr(cfg, name) >= low, f"--{name} {getattr(cfg, name)}: must be at least {low}")
     require(cfg.temperature > 0, f"--temperature {cfg.temperature}: must be above 0")
     require(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo}: must be below --cosine_hi")
     require(0 <= cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be from 0 to 1")
+    rule = f"--batch_size {batch} must be a multiple of "
     if stage == "warmup":
-        rule = f"--batch_size {batch} must be a multiple of the number of processes, {processes}"
-        require(batch % processes == 0, rule)
+        require(batch % processes == 0, f"{rule}the number of processes, {processes}")
     if stage in STAGE_REWARDS:
-        rule = f"--group_size {cfg.group_size}: a group of one has no spread, hence no advantage"
-        require(cfg.group_size > 1, rule)
-        rule = f"--batch_size {batch} must be a multiple of --update_batch_size {update}"
-        rule += f", and that a multiple of the number of processes, {processes}"
-        require(batch % update == 0 and update % processes == 0, rule)
+        rule += f"--update_batch_size {update}, and that a multiple of the number of processes, {processes}"
+        require(batch % update == update % processes == 0, rule)
 
 
 def start_accelerator(cfg: Config) -> Accelerator:
     """What `accelerate launch` was told, with this file's precision."""
-    if cfg.mixed_precision not in ("bf16", "no"):
-        raise ConfigError(f"--mixed_precision {cfg.mixed_precision}: must be bf16 or no")
+    precision = cfg.mixed_precision
+    require(precision in ("bf16", "no"), f"--mixed_precision {precision}: must be bf16 or no")
     cpu = not torch.accelerator.is_available()
     # The others wait while the main process writes a checkpoint; NCCL would give up after ten minutes.
     processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // local))
     once = GradientAccumulationPlugin(num_steps=1)  # whatever the launcher says: backward would divide by it
-    started = Accelerator(cpu=cpu, mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=once)
-    if started.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not started.is_fsdp2:
-        raise ConfigError(f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
+    started = Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once)
+    known = started.is_fsdp2 or started.distributed_type.value not in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    require(known, f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
     return started
 
 

@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import timeit
 from xml.etree import ElementTree
@@ -1370,7 +1371,7 @@ def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, t
 def test_a_response_counts_towards_max_length_in_the_warmup_only(policy, cfg, toy):
     path, cfg = f"{toy}/sft.json", replace(cfg, max_length=40)  # a prompt has about 25 tokens, a response 40
     assert len(pebr.checked_rows(path, replace(cfg, stage="sample"), policy, ("answer",))) == FEW["sft_rows"]
-    with pytest.raises(DataError, match="tokens, over --max_length"):
+    with pytest.raises(ConfigError, match="tokens, over --max_length"):
         pebr.checked_rows(path, replace(cfg, stage="warmup"), policy, ("response",))
 
 
@@ -1436,25 +1437,23 @@ def test_difficulty_is_all_some_or_none_right_of_exactly_n():
 
 def test_steps_cover_each_epoch_once():
     cfg, rows = Config(batch_size=12, update_batch_size=4), list(range(10))
-    flat = [row for step in range(5) for _, row in pebr.local_questions(rows, step, cfg)]
+    flat = [row for step in range(1, 6) for row, _ in pebr.local_questions(rows, step, cfg)]
     assert all(sorted(flat[i : i + 10]) == rows for i in range(0, 60, 10)) and flat[:10] != flat[10:20]
 
 
-def test_for_a_gpu_threads_encode_a_batch_while_the_one_before_it_is_used(monkeypatch):
-    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
-    begun, batches = multiprocessing.Queue(), iter([[8, 4], [2], [], [0]])
-    ahead = pebr.encoded_ahead(batches, lambda n: begun.put(n) or 8 / n)
-    assert next(ahead) == [1, 2]
-    assert {begun.get(timeout=20) for _ in range(3)} == {8, 4, 2}  # nobody has asked for the 2 yet
-    assert next(ahead) == [4] and next(ahead) == []
-    with pytest.raises(ZeroDivisionError):
-        next(ahead)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_questions_are_encoded_in_order_and_for_a_gpu_in_threads(kind, monkeypatch):
+    monkeypatch.setattr(Accelerator, "device", torch.device(kind))
+    rows, threads = zip(*pebr.encode_all([("a", 0), ("b", 1)], lambda *each: (each, threading.get_ident())))
+    assert rows == (("a", 0), ("b", 1)) and ({*threads} == {threading.get_ident()}) == (kind == "cpu")
+    assert pebr.encode_all([], None) == []
 
 
 def test_a_picture_is_opened_for_checking_once_in_a_run_folder(toy, toy_run, tmp_path, monkeypatch):
     """Sampling checks and asks; RL only asks; evaluation checks once for all models, then asks each twice."""
     run_dir, opened, counts = new_run(toy, tmp_path / "run"), calls_of("load_image", monkeypatch), {}
     shutil.copytree(toy_run / "warmup", run_dir / "warmup")
+    monkeypatch.setattr(pebr, "write_report", lambda run_dir: None)  # it opens those that it shows
     for stage in pebr.ORDER[1:]:
         opened.clear()
         run(run_dir, "--stage", stage, SMALL)
@@ -1468,10 +1467,10 @@ def test_a_picture_is_opened_for_checking_once_in_a_run_folder(toy, toy_run, tmp
 
 def test_only_this_runs_own_sampling_says_where_the_pictures_are(toy, toy_run, tmp_path):
     shutil.copytree(toy_run / "sample", new_run(toy, tmp_path) / "sample")
-    for path in (f"{tmp_path}/sample/hard.json", f"{tmp_path}/sample/../sample/hard.json"):
-        assert pebr.checked_rows(path, Config(run_dir=str(tmp_path)), None, ())
-        with pytest.raises(DataError, match="picture .* is not in"):
-            pebr.checked_rows(path, Config(run_dir=str(toy_run)), None, ())
+    path, train_data = f"{tmp_path}/sample/hard.json", f"{toy}/train.json"
+    assert pebr.checked_rows(path, Config(run_dir=str(tmp_path), train_data=train_data), None, ())
+    with pytest.raises(ConfigError, match="picture .* is not in"):
+        pebr.checked_rows(path, Config(run_dir=str(toy_run), train_data=train_data), None, ())
 
 
 def night_sky(folder, clip):
@@ -1710,35 +1709,33 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     for name in ("easy", "medium", "easy_and_medium"):
         shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
     run(tmp_path, f"--stage ablation --ablation_seeds 1 {SMALL}")
-    [scores] = seeds = read_json(folder / "shapes0.1.json")
+    scores = read_json(folder / "shapes0.1.json")
     assert list(scores) == [*pebr.LABELS.values(), pebr.GAP]
     for arm in pebr.ARMS:
         assert read_json(run_dir / arm / "settings.json")["from_model"] == f"{run_dir}/warmup"
         assert len(read_lines(run_dir / arm / "metrics.jsonl")) == 2 + 2
         theirs = read_json(run_dir / "evaluate" / "test" / arm / "scores.json")
-        assert scores[pebr.LABELS[arm]]["greedy keyword"] == theirs["greedy"]["keyword"]
+        assert scores[pebr.LABELS[arm]]["greedy keyword"] == [theirs["greedy"]["keyword"]]
     see, reason, mixed = (pebr.STAGE_REWARDS[name] for name in ("perception", "reasoning", "mixed"))
     half = {part: (see.get(part, 0) + reason.get(part, 0)) / 2 for part in see | reason}
     assert mixed == pytest.approx(half)
-    assert (folder / "shapes0.1.txt").read_text() == pebr.ablation_table(seeds) + "\n"
-    shares = pebr.gap_panel({0.1: seeds, 0.5: seeds})
-    figures = (folder / "shapes0.1.svg").read_text(), pebr.svg_figure(shares)
-    lines = [len(ElementTree.fromstring(figure).findall(".//{*}polyline")) for figure in figures]
-    assert lines == [3 * 4, 3]  # panels x arms; measures
+    assert (folder / "shapes0.1.txt").read_text() == pebr.ablation_table(scores) + "\n"
+    figures = [ElementTree.parse(folder / f"{name}.svg") for name in ("shapes0.1", "shares")]
+    lines = [figure.findall(".//{*}polyline") for figure in figures]
+    assert [*map(len, lines)] == [3 * 4, 3]  # panels x arms; measures
+    points = [len(line.get("points").split()) for line in lines[0]]
+    assert points == 3 * [3, 2, 2, 2]  # two stages pass a model, the other arms start and end
 
 
 def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
     """One without the toy's category and keywords. Mean 0.5, unbiased deviation sqrt(2 * 0.25 ** 2)."""
-    seeds = []
+    found = {}
     for accuracy in (0.25, 0.75):
-        for model in pebr.LABELS:
-            scores = {"accuracy": accuracy * (model == "reasoning"), "keyword": None, "categories": {}}
-            pebr.write_text(tmp_path / model / "scores.json", json.dumps({"greedy": scores}))
-        seeds.append(pebr.held_out(tmp_path))
-    header, *_, gap, _ = pebr.ablation_table(seeds).splitlines()
+        scores = {"greedy": {"accuracy": accuracy, "keyword": None, "categories": {}}}
+        pebr.write_text(tmp_path / "scores.json", json.dumps(scores))
+        pebr.add_scores(found, tmp_path)
+    header, gap, _ = pebr.ablation_table({pebr.GAP: found}).splitlines()
     assert [words(header), words(gap)] == [["greedy", "accuracy"], words("two - reasoning 0.500 ± 0.354")]
-    [lines] = pebr.step_panels(seeds, 1, 3).values()
-    assert lines["two stages"] == [(0, 0), (1, 0), (4, 0.5)]
 
 
 HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="x:0">"""
