@@ -1514,22 +1514,6 @@ def start_accelerator(cfg: Config) -> Accelerator:
     return started
 
 
-def run(flags: dict) -> None:
-    """The stage that --stage names, or all of them."""
-    global accelerator
-    stage = flags.get("stage", "all")
-    several = stage in ("all", "ablation")
-    require(several or stage in STAGES, f"--stage {stage}: must be one of {', '.join(STAGES)}, all, ablation")
-    rule = "--from_model and --from_data belong to one stage: name it with --stage"
-    require(not (several and {"from_model", "from_data"} & flags.keys()), rule)
-    accelerator = start_accelerator(resolve("warmup" if several else stage, flags))
-    if stage == "ablation":
-        ablation(flags | {"stage": "all"})
-    else:
-        run_stages(ORDER if stage == "all" else [stage], flags)
-    accelerator.end_training()
-
-
 def run_stages(names: list[str], flags: dict) -> None:
     """The named stages and what they need, in their run folder, which is locked meanwhile."""
     cfg = resolve(names[0], flags)
@@ -1580,12 +1564,25 @@ def parse_flags(argv: list[str]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the stage that --stage names, or all of them; end in one line for what a user can mend."""
+    global accelerator
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it notes tied weights each time
+    stage = flags.get("stage", "all")
+    several = stage in ("all", "ablation")
     try:
-        run(flags)
+        known = f"one of {', '.join(STAGES)}, all, ablation"
+        require(several or stage in STAGES, f"--stage {stage}: must be {known}")
+        rule = "--from_model and --from_data belong to one stage: name it with --stage"
+        require(not (several and {"from_model", "from_data"} & flags.keys()), rule)
+        accelerator = start_accelerator(resolve("warmup" if several else stage, flags))
+        if stage == "ablation":
+            ablation(flags | {"stage": "all"})
+        else:
+            run_stages(ORDER if stage == "all" else [stage], flags)
+        accelerator.end_training()
     except KeyboardInterrupt:
         sys.exit("pebr.py: interrupted; the same command (without --overwrite) goes on")
     except (ConfigError, DataError, ClipError) as error:
