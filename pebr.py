@@ -26,7 +26,7 @@ Where this departs from the paper's released code:
  [8] A group without spread has advantage exactly 0, not rounding noise over epsilon. It keeps its KL term.
  [9] A missing or unreadable picture stops the run before training, with its row; --skip_bad_rows drops it.
 [10] --max_length holds at the RL stages' pixel limit; sampling's larger pictures may exceed it.
-[11] A prompt goes through the model once per group (updates: and micro-batch); theirs repeats it.
+[11] A prompt goes through the model once per group (in updates: per micro-batch); theirs repeats it.
 [12] The instruction is worded anew and is the same in all stages; --prompt_file takes theirs.
 [13] From a step's second update on, the sampler's log-probs are the old ones; theirs runs one more forward.
 [14] The grader is our own; theirs, mathruler, contradicts a person on 80 of the tests' 175 clear pairs.
@@ -97,7 +97,7 @@ class Config:
     stage: str = option("all", "one of the stages, all, ablation or dryrun")
     run_dir: str = option("runs/pebr", "folder that holds a folder per stage")
     seed: int = option(0, "everything random follows from it")
-    overwrite: bool = option(False, "redo the stage; discards all after it, too: the arms, all evaluations")
+    overwrite: bool = option(False, "redo the stage; discards all that was made after it, too")
     checkpoint_minutes: float = option(15.0, "minutes between checkpoints to resume from; 0 = every step")
 
     model: str = option("toy", "base model: a Hugging Face id or folder, or toy")
@@ -111,20 +111,20 @@ class Config:
     max_length: int = option(2048, "tokens of a prompt (warm-up, 4096: and response); longer is a broken row")
     trust_remote_code: bool = option(False, "run code that comes with the model folder")
 
-    # Training. For the stage that --stage names, not for its prerequisites; with all (not from_*), for each.
+    # Training: for the stage that --stage names, not for those it needs; with all (except from_*), for each.
     from_model: str = option("", "model to start from; empty: the stage before (evaluate: all of them)", True)
     from_data: str = option("", "data file; empty: what the stage before made", True)
     learning_rate: float = option(1e-6, "constant in RL; warm-up: 1e-5, 10 %% rising, then cosine", True)
     grad_clip_norm: float = option(1.0, "largest gradient norm; a non-finite one skips the update", True)
     epochs: int = option(1, "passes over the stage's data (warm-up and reasoning: 2)", True)
-    max_steps: int = option(0, "train so many steps, whatever --epochs says; 0 = the epochs'", True)
+    max_steps: int = option(0, "train exactly so many steps; 0 = as --epochs says", True)
     freeze_vision: bool = option(False, "vision tower and projector do not train (warm-up: yes)", True)
     batch_size: int = option(512, "questions per step, all processes (perception: 560; warm-up: 128)", True)
     update_batch_size: int = option(128, "questions per optimizer update in RL (perception: 112)", True)
     group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO")
     temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO")
     top_p: float = option(0.99, "of the rollouts")
-    max_new_tokens: int = option(2048, "longest response; what reaches it counts as truncated")
+    max_new_tokens: int = option(2048, "longest response; one that has not ended by then is truncated")
     kl_coef: float = option(0.01, "weight of the k3 KL to the stage's start model; 0 = no reference model")
     ratio_clip_low: float = option(0.2, "the ratio is clipped at 1 - this")
     ratio_clip_high: float = option(0.3, "the ratio is clipped at 1 + this (DAPO, arXiv 2503.14476)")
@@ -146,7 +146,7 @@ class Config:
 
 STAGES = {  # where a stage's model and data come from, and the paper's settings that are not defaults
     "warmup": dict(from_model="{model}", from_data="{sft_data}", learning_rate=1e-5, epochs=2,
-                   freeze_vision=True, batch_size=128, update_batch_size=128, max_length=4096),
+                   freeze_vision=True, batch_size=128, max_length=4096),
     "sample": dict(from_model="{run_dir}/warmup", from_data="{train_data}"),
     "perception": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json", batch_size=560,
                        update_batch_size=112),
@@ -154,7 +154,8 @@ STAGES = {  # where a stage's model and data come from, and the paper's settings
     "evaluate": dict(from_data="{test_data}"),
     "dryrun": dict(from_model="{model}", batch_size=560, update_batch_size=112, max_steps=2),
     # The ablation's arms: one stage in the place of two.
-    "perception_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json"),
+    "perception_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json",
+                            batch_size=560, update_batch_size=112),
     "reasoning_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/medium.json"),
     "mixed": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy_and_medium.json"),
 }  # fmt: skip
@@ -165,8 +166,7 @@ TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights 
                 cosine_hi=0.9, max_length=64, max_new_tokens=80, eval_samples=4, eval_temperature=1.0,
                 mixed_precision="no", gradient_checkpointing=False, micro_batch_size=64,
                 generate_batch_size=1024),
-    "warmup": dict(learning_rate=2e-3, batch_size=32, update_batch_size=32, max_steps=700,
-                   freeze_vision=False, max_length=256),
+    "warmup": dict(learning_rate=2e-3, batch_size=32, max_steps=700, freeze_vision=False, max_length=256),
     "perception": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=20),
     "reasoning": dict(learning_rate=1e-4, batch_size=32, update_batch_size=16, max_steps=50, kl_coef=0.1),
     "dryrun": dict(batch_size=32, update_batch_size=16, max_length=128),
@@ -194,6 +194,7 @@ def resolve(stage: str, flags: dict) -> Config:
         given.pop("model", None)
         settings = settings | TOY["all"] | TOY.get(stage, {})
     cfg = Config(**settings | given)
+    cfg.run_dir = str(Path(cfg.run_dir))  # without a / at its end
     for f in fields(Config):
         if f.type is str and f.name not in given:  # a table's path, made of the fields above it
             setattr(cfg, f.name, getattr(cfg, f.name).format(**vars(cfg)))
@@ -691,7 +692,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, num_tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Update: what warm-up and GRPO share; most of DDP and FSDP2
+# Update: shared by warm-up and GRPO, with most of what DDP and FSDP2 need
 
 
 def prepare_training(policy: Policy, cfg: Config):
@@ -809,6 +810,7 @@ def sample(cfg: Config, folder: Path) -> None:
     right = Counter(int(sum(scores[row.qid])) for row in rows)
     summary = {"questions": len(rows), **{name: len(part) for name, part in split.items()}}
     summary["right of n"] = {k: right[k] for k in range(cfg.group_size + 1)}
+    summary["image_root"] = os.path.relpath(cfg.image_root or Path(cfg.from_data).parent, folder)
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
@@ -939,7 +941,8 @@ def evaluate(cfg: Config, folder: Path) -> None:
         write_text(folder / name / "scores.json", json.dumps(scores, indent=1))
         policy = None  # before the next one is loaded
         accelerator.wait_for_everyone()
-    scores = {name: json.loads((folder / name / "scores.json").read_text()) for name in models}
+    found = sorted(folder.glob("*/scores.json"), key=os.path.getmtime)  # also those of earlier commands
+    scores = {path.parent.name: json.loads(path.read_text()) for path in found}
     table = evaluation_table(scores, f"questions of {Path(cfg.from_data).name}, judged by rule")
     write_text(folder / "table.txt", table + "\n")
     accelerator.print("\n" + table)
@@ -959,26 +962,27 @@ def read_instruction(prompt_file: str) -> str:
 
 
 def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str, ...]) -> list[Row]:
-    """Rows of a data file that have the fields in `need`; with a policy, each is encoded as training will.
+    """Rows of a data file that have the fields in `need`; with a policy, each is encoded as in training.
     Broken rows stop the run with the whole list; --skip_bad_rows drops and counts them [9]."""
-    sampled = Path(path).parent == Path(cfg.run_dir, "sample")  # its pictures are where they were
-    root = cfg.image_root or (os.path.dirname(cfg.train_data) if sampled else "")
+    root, summary = cfg.image_root, Path(cfg.run_dir, "sample", "summary.json").resolve()
+    # A split that this run's sampling wrote: the pictures are where they were.
+    if not root and Path(path).resolve().parent == summary.parent and summary.is_file():
+        root = str(summary.parent / json.loads(summary.read_text())["image_root"])
     rows, problems = load_rows(path, root, need)
 
-    def problem(row: Row) -> tuple[str, str]:
+    def problem(row: Row) -> str:
         try:
             example = encode_example(policy, row, cfg)
         except DataError as error:
-            return row.where, str(error)
+            return str(error)
         length = example.prompt.inputs["input_ids"].shape[1] + len(example.tokens) * (cfg.stage == "warmup")
-        long = f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
-        return row.where, long
+        return f"{row.where}: {length} tokens, over --max_length" if length > cfg.max_length else ""
 
     if policy:
-        mine, found = [(row,) for row in rows[accelerator.process_index :: accelerator.num_processes]], []
+        mine, texts = [(row,) for row in rows[accelerator.process_index :: accelerator.num_processes]], []
         for batch in tqdm(in_batches(mine, 64), desc=f"checking {Path(path).name}", leave=False):
-            found += encode_all(batch, problem)
-        found = dict(gather_object(found))
+            texts += encode_all(batch, problem)
+        found = dict(gather_object([(row.where, text) for (row,), text in zip(mine, texts)]))
         problems += [found[row.where] for row in rows if found[row.where]]
         rows = [row for row in rows if not found[row.where]]
     if problems:
@@ -990,10 +994,9 @@ def checked_rows(path: str, cfg: Config, policy: Policy | None, need: tuple[str,
 
 
 def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
-    """The stage's questions. This run's own sampling has already checked the pictures of those it wrote."""
+    """The stage's questions: with keywords and pictures, where the reward needs them."""
     need = ("answer", "key_words") if "keyword" in weights else ("answer",)
-    sampled = Path(cfg.from_data).parent == Path(cfg.run_dir, "sample")
-    rows = checked_rows(cfg.from_data, cfg, None if sampled else policy, need)
+    rows = checked_rows(cfg.from_data, cfg, policy, need)
     if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
         accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
@@ -1022,7 +1025,7 @@ def in_batches(items, size: int) -> list:
 
 
 def encode_all(questions: list[tuple[Row, int]], encode) -> list:
-    """[encode(row, position)]: for a GPU in threads; on a CPU they would take the cores that train."""
+    """[encode(row, position)]: for a GPU in threads; on a CPU in line, since torch already uses all cores."""
     if accelerator.device.type == "cpu":
         return list(itertools.starmap(encode, questions))
     with ThreadPoolExecutor() as pool:
@@ -1125,6 +1128,7 @@ class StepLog:
     """A training stage's position, clock, progress bar, log files and checkpoints."""
 
     def __init__(self, folder: Path, cfg: Config, num_rows: int):
+        require(num_rows, f"{cfg.from_data}: no row is left")
         self.folder, self.cfg = folder, cfg
         self.total = cfg.max_steps or math.ceil(num_rows * cfg.epochs / cfg.batch_size)
         last = get_last_checkpoint(folder)
@@ -1221,6 +1225,8 @@ def dryrun(cfg: Config, folder: Path) -> None:
     responses of --max_new_tokens. Prints seconds, tokens/s, peak memory, hours per epoch of --train_data."""
     side, picture, path = math.isqrt(cfg.max_pixels), folder / "noise.png", folder / "rows.json"
     if accelerator.is_main_process:
+        shutil.rmtree(folder)  # an earlier dry run, and its checkpoint
+        folder.mkdir()
         Image.effect_noise((side, side), 100).save(picture)
     accelerator.wait_for_everyone()
     row = Row("dryrun", "0", "a", "a", [str(picture)])
@@ -1229,10 +1235,10 @@ def dryrun(cfg: Config, folder: Path) -> None:
     raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
     write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
     accelerator.wait_for_everyone()
-    train_grpo(replace(cfg, from_data=str(path)), folder)
+    train_grpo(replace(cfg, from_data=str(path), image_root=""), folder)
     for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
         seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
-        rows = len(load_rows(cfg.train_data)[0]) if cfg.train_data else 0
+        rows = len(load_rows(cfg.train_data, cfg.image_root)[0]) if cfg.train_data else 0
         timing["rl_hours"] = round(rows / cfg.batch_size * seconds / 3600, 2)
         print("DRYRUN " + json.dumps(timing))
 
@@ -1323,12 +1329,9 @@ def training_section(path: Path) -> str:
 
 def difficulty_section(path: Path) -> str:
     """How many questions had 0 ... n right answers; three of each kind."""
-    summary, cfg = [
-        json.loads(path.with_name(name).read_text()) for name in ("summary.json", "settings.json")
-    ]
-    root, pictures = cfg["image_root"] or os.path.dirname(cfg["from_data"]), ""
+    summary, pictures = json.loads(path.read_text()), ""
     for name in ("hard", "medium", "easy"):
-        rows = rows_by_qid(path.with_name(f"{name}.json"), root)
+        rows = rows_by_qid(path.with_name(f"{name}.json"), str(path.parent / summary["image_root"]))
         pictures += f"<div>{summary[name]} {name}{''.join(map(gallery, list(rows.values())[:3]))}</div>"
     counts, most = summary["right of n"], max(summary["right of n"].values())
     bars = "".join(f"{k:>2} right {n:>6} {'█' * (12 * n // most)}\n" for k, n in counts.items())
@@ -1437,24 +1440,24 @@ def stages_to_run(names: list[str], flags: dict) -> list[Config]:
     return todo
 
 
-PINNED = "seed from_model from_data prompt_file batch_size group_size temperature top_p"  # until it is done
+PINNED = "seed from_model from_data prompt_file batch_size group_size temperature top_p"  # once it has begun
 
 
 def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
     folder = Path(cfg.run_dir, cfg.stage)
     if (folder / "done").is_file():
-        flags = "the flags in its settings.json"
-        return accelerator.print(f"{folder} is done, with {flags}; --overwrite redoes it", flush=True)
-    lasting = cfg.stage not in ("evaluate", "dryrun")  # these are never done: later stages bring more models
+        message = f"{folder} is done, with the flags in its settings.json; --overwrite redoes it"
+        return accelerator.print(message, flush=True)
+    lasting = cfg.stage not in ("evaluate", "dryrun")  # these may find new models, or another machine
     begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
     if lasting and any(path.stat().st_size for path in folder.glob("*.jsonl")):
-        then, now = json.loads(begun.read_text()), asdict(cfg)
-        changed = [f"--{name} {then[name]}" for name in now if name_of(then[name]) != name_of(now[name])]
-        accelerator.print(*(f"{folder} was begun with {flag}" for flag in changed), sep="\n")
-        pinned = PINNED + " max_new_tokens" * (cfg.stage == "sample")
-        fixed = [flag for flag in changed if flag.split()[0][2:] in pinned.split()]
-        require(not fixed, f"{folder} was begun with {', '.join(fixed)}; --overwrite begins anew")
+        then, pinned = json.loads(begun.read_text()), PINNED + " max_new_tokens" * (cfg.stage == "sample")
+        for name, value in asdict(cfg).items():
+            if name_of(then[name]) != name_of(value) and name not in ("run_dir", "overwrite"):
+                message = f"{folder} was begun with --{name} {then[name]}"
+                require(name not in pinned.split(), f"{message}; --overwrite begins anew")
+                accelerator.print(message)
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(begun, json.dumps(asdict(cfg), indent=1))
     work = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
@@ -1474,16 +1477,16 @@ def run_stage(cfg: Config) -> None:
 def check_config(cfg: Config) -> None:
     """Raises ConfigError for settings that cannot work, before anything is loaded."""
     stage, processes = cfg.stage, accelerator.num_processes
-    batch, update, flag = (
-        cfg.batch_size,
-        cfg.update_batch_size,
-        STAGES[stage].get("from_data", "").strip("{}"),
+    batch, update = cfg.batch_size, cfg.update_batch_size
+    flag = STAGES[stage].get("from_data", "").strip("{}")  # sft_data, train_data or test_data
+    message = (
+        f"--stage {stage} needs --{flag} (stages after it do without, given --from_model and --from_data)"
     )
-    require(cfg.from_data or not flag, f"--stage {stage} needs --{flag}, or --from_data and --from_model")
+    require(cfg.from_data or not flag, message)
     needs_clip = "clip" in STAGE_REWARDS.get(stage, ())
     require(cfg.clip_model or not needs_clip, f"--stage {stage} needs --clip_model")
-    positive = "batch_size update_batch_size micro_batch_size generate_batch_size max_new_tokens epochs"
-    least = dict.fromkeys(positive.split(), 1) | {"max_steps": 0, "learning_rate": 0, "eval_samples": 0}
+    least = "batch_size update_batch_size micro_batch_size generate_batch_size max_new_tokens epochs"
+    least = dict.fromkeys(least.split(), 1) | {"max_steps": 0, "learning_rate": 0, "eval_samples": 0}
     least["group_size"] = 2 if stage in STAGE_REWARDS else 1  # a group of one has no spread, so no advantage
     for name, low in least.items():
         require(getattr(cfg, name) >= low, f"--{name} {getattr(cfg, name)}: must be at least {low}")
@@ -1533,16 +1536,20 @@ def run_stages(names: list[str], flags: dict) -> None:
     for each in todo:  # a typo must not surface after hours
         check_config(each)
         load_clip(each)
+    made = [Path(each.run_dir, each.stage) for each in todo]
     for path in filter(None, (flags.get("from_data"), cfg.sft_data, cfg.train_data, cfg.test_data)):
-        checked_rows(path, cfg, None, ())
+        if Path(path).parent not in made:
+            checked_rows(path, cfg, None, ())
     if cfg.overwrite and names[0] != "dryrun":
         order = [*ORDER[:-1], *ARMS, "evaluate"]
         discarded = [(folder / name).resolve() for name in order[order.index(names[0]) :]]
         for path in (Path(cfg.from_model).resolve(), Path(cfg.from_data).resolve()):
             kept = not {path, *path.parents} & {*discarded}
             require(kept, f"--overwrite would delete {path}, which the stage starts from: copy it")
-        for later in reversed(discarded) if accelerator.is_main_process else ():
-            shutil.rmtree(later, ignore_errors=True)
+        trash = folder / "discarded"  # a rename first: a kill must not leave a part of a stage
+        shutil.rmtree(trash, ignore_errors=True)
+        for later in filter(Path.is_dir, discarded[::-1] * accelerator.is_main_process):
+            shutil.rmtree(later.rename(trash))
     accelerator.wait_for_everyone()
     for each in todo:
         run_stage(each)

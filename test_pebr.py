@@ -1362,7 +1362,7 @@ def test_missing_stages_are_made_first_and_an_empty_split_says_what_to_do(toy, t
     run_dir = new_run(toy, tmp_path / "run")
     flags = "--stage perception --group_size 2 --max_new_tokens 16 --max_steps 1"
     with pytest.raises(SystemExit, match="easy.json: no rows"):  # the untrained model gets nothing right
-        run(run_dir, flags)
+        run(run_dir, flags, f"--from_data {run_dir}/sample/easy.json")
     assert [stage for stage in pebr.ORDER if (run_dir / stage / "done").exists()] == ["warmup", "sample"]
     run(run_dir, flags, f"--from_data {toy}/train.json")  # what the message says
 
@@ -1409,7 +1409,7 @@ def test_out_of_memory_names_the_flags_and_other_errors_are_not_hidden(toy, tmp_
 
 def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
     run_dir = new_run(toy, tmp_path / "run")
-    run(run_dir, f"--stage dryrun {SMALL} --batch_size 2 --max_new_tokens 9")
+    run(run_dir, f"--stage dryrun {SMALL} --batch_size 2 --max_new_tokens 9 --image_root {toy}")
     measured = json.loads(capsys.readouterr().out.split("DRYRUN ")[1].split("\n")[0])
     assert min(measured[name] for name in ("rollout_s", "update_s", "tokens_per_s", "peak_gib")) > 0
     for sample in read_lines(run_dir / "dryrun" / "samples.jsonl"):
@@ -1436,6 +1436,8 @@ def test_difficulty_is_all_some_or_none_right_of_exactly_n():
 
 def test_steps_cover_each_epoch_once():
     cfg, rows = Config(batch_size=12, update_batch_size=4), list(range(10))
+    with pytest.raises(ConfigError, match="no row is left"):
+        pebr.StepLog(Path(), cfg, 0)
     flat = [row for step in range(1, 6) for row, _ in pebr.local_questions(rows, step, cfg)]
     assert all(sorted(flat[i : i + 10]) == rows for i in range(0, 60, 10)) and flat[:10] != flat[10:20]
 
@@ -1448,8 +1450,8 @@ def test_questions_are_encoded_in_order_and_for_a_gpu_in_threads(kind, monkeypat
     assert pebr.encode_all([], None) == []
 
 
-def test_a_picture_is_opened_for_checking_once_in_a_run_folder(toy, toy_run, tmp_path, monkeypatch):
-    """Sampling checks and asks; RL only asks; evaluation checks once for all models, then asks each twice."""
+def test_a_stage_opens_a_picture_once_to_check_it_and_once_to_ask(toy, toy_run, tmp_path, monkeypatch):
+    """Evaluation checks once for all models, then asks each twice."""
     run_dir, opened, counts = new_run(toy, tmp_path / "run"), calls_of("load_image", monkeypatch), {}
     shutil.copytree(toy_run / "warmup", run_dir / "warmup")
     monkeypatch.setattr(pebr, "write_report", lambda run_dir: None)  # it opens those that it shows
@@ -1460,16 +1462,17 @@ def test_a_picture_is_opened_for_checking_once_in_a_run_folder(toy, toy_run, tmp
         for name in ("easy", "medium"):  # as a better model would leave them; the pictures stay in the toy
             shutil.copy(toy / "train.json", run_dir / "sample" / f"{name}.json")
     assert set(Counter(opened).values()) == {1 + 4 * 2}  # four models, greedy and sampled
-    assert counts["sample"] == 2 * len(read_json(toy / "train.json"))
-    assert counts["perception"] == counts["reasoning"] == 2 * 4  # steps x questions
+    rows = len(read_json(toy / "train.json"))
+    assert counts["sample"] == 2 * rows
+    assert counts["perception"] == counts["reasoning"] == rows + 2 * 4  # steps x questions
 
 
 def test_only_this_runs_own_sampling_says_where_the_pictures_are(toy, toy_run, tmp_path):
     shutil.copytree(toy_run / "sample", new_run(toy, tmp_path) / "sample")
-    path, train_data = f"{tmp_path}/sample/hard.json", f"{toy}/train.json"
-    assert pebr.checked_rows(path, Config(run_dir=str(tmp_path), train_data=train_data), None, ())
+    path = f"{tmp_path}/sample/../sample/hard.json"
+    assert pebr.checked_rows(path, Config(run_dir=str(tmp_path)), None, ())
     with pytest.raises(ConfigError, match="picture .* is not in"):
-        pebr.checked_rows(path, Config(run_dir=str(toy_run), train_data=train_data), None, ())
+        pebr.checked_rows(path, Config(run_dir=str(toy_run)), None, ())
 
 
 def night_sky(folder, clip):
