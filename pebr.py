@@ -59,7 +59,8 @@ import time
 import zlib
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, tqdm
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import tqdm
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 import torch
@@ -351,10 +352,6 @@ def collate(prompts: list[Prompt], completions: list[torch.Tensor], pad_id: int)
     return batch
 
 
-def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.to(accelerator.device) for name, value in batch.items()}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Rollout
 
@@ -388,7 +385,7 @@ def generate_rollouts(policy: Policy, prompts: list[Prompt], n: int, cfg: Config
 
 def decode_plain(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int, choose, noise) -> list:
     """transformers' generate, for any model, with our own choice of tokens. Returns what decode returns."""
-    batch, logprobs = to_device(collate(prompts, [], policy.pad_id)), []
+    batch, logprobs = send_to_device(collate(prompts, [], policy.pad_id), accelerator.device), []
 
     def only_the_chosen(ids, logits):  # a logits processor: (rows, tokens so far), (rows, V) -> (rows, V)
         tokens, chosen = choose(logits, noise[:, len(logprobs)])
@@ -437,9 +434,7 @@ class GroupCache:
 def prefill(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int):
     """One forward over P prompts. Returns the next token's logits (P, V) and position (P, 1), and the cache:
     allocated whole, so what fits at a response's first token fits at its last."""
-    batch, positions, next_position = position_prompts(policy, prompts)
-    batch = to_device({**batch, "position_ids": positions})
-    del batch["mm_token_type_ids"]  # with positions given, the model has no use for them
+    batch, next_position = send_to_device(position_prompts(policy, prompts), accelerator.device)
     out = policy.model(**batch, use_cache=True, logits_to_keep=1)
     dtype = out.logits.dtype  # under autocast the cache is float32: its keys come from the rotary embedding
     layers = [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in out.past_key_values.layers]
@@ -448,7 +443,7 @@ def prefill(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int):
     padding = batch["attention_mask"][:, None, None] == 0  # (P, 1, 1, T)
     bias = torch.zeros(padding.shape, device=accelerator.device).masked_fill(padding, float("-inf"))
     cache = GroupCache(layers, bias, n, torch.arange(rows, device=accelerator.device), own)
-    return out.logits[:, -1], next_position.to(accelerator.device), cache
+    return out.logits[:, -1], next_position, cache
 
 
 def decode(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int, choose, noise) -> list:
@@ -556,8 +551,9 @@ def head_logprobs(head, hidden: torch.Tensor, ids: torch.Tensor, temperature: fl
 def plain_states(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
     """(tokens, D): for every completion token, the state that predicts it; a prompt per response."""
     lengths = [len(r.tokens) for r in rollouts]
-    batch = to_device(collate([r.prompt for r in rollouts], [r.tokens for r in rollouts], policy.pad_id))
-    hidden = policy.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, T + C, D)
+    batch = collate([r.prompt for r in rollouts], [r.tokens for r in rollouts], policy.pad_id)
+    inputs = send_to_device(batch, accelerator.device)
+    hidden = policy.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T + C, D)
     return torch.cat([row[:n] for row, n in zip(hidden[:, -max(lengths) - 1 : -1], lengths)])
 
 
@@ -565,18 +561,19 @@ def packed_states(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
     """The same states from one row [prompt, c1 ... cG, next prompt, ...] without padding: a prompt goes
     through the model once for its completions [11]. shared_prefix_attention decides which tokens it sees."""
     groups = [list(group) for _, group in itertools.groupby(rollouts, key=lambda r: id(r.prompt))]
-    batch, positions, next_position = position_prompts(policy, [group[0].prompt for group in groups])
+    batch, next_position = position_prompts(policy, [group[0].prompt for group in groups])
     row_ids, row_positions, layout = [], [], []
     for i, group in enumerate(groups):
         inputs = [r.tokens[:-1] for r in group]  # a completion's last token predicts nothing: it is no input
         T, lengths = group[0].prompt.inputs["input_ids"].shape[1], [len(c) for c in inputs]
         after = next_position[i] + torch.cat([torch.arange(n) for n in lengths])  # each follows the prompt
         row_ids += [batch["input_ids"][i, -T:], *inputs]
-        row_positions += [positions[:, i, -T:], after.expand(3, -1)]
+        row_positions += [batch["position_ids"][:, i, -T:], after.expand(3, -1)]
         layout.append((T, lengths))
     inputs = {"input_ids": torch.cat(row_ids)[None], "position_ids": torch.cat(row_positions, -1)[:, None]}
     inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-    hidden = policy.model.base_model(**to_device(inputs), groups=layout, use_cache=False).last_hidden_state[0]
+    inputs = send_to_device(inputs, accelerator.device)
+    hidden = policy.model.base_model(**inputs, groups=layout, use_cache=False).last_hidden_state[0]
     states = []
     for (T, lengths), rows in zip(layout, hidden.split([T + sum(lengths) for T, lengths in layout])):
         for tail in rows[T:].split(lengths):
@@ -584,12 +581,13 @@ def packed_states(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
     return torch.cat(states)
 
 
-def position_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """The left-padded batch, positions (3, B, T) by time, height and width, the next position (B, 1); CPU."""
+def position_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[dict, torch.Tensor]:
+    """The left-padded batch with positions (3, B, T) by time, height, width; the next position (B, 1); CPU."""
     batch = collate(prompts, [], policy.pad_id)
     marks = {name: batch.get(name) for name in ("mm_token_type_ids", "image_grid_thw", "attention_mask")}
-    positions, delta = policy.model.base_model.get_rope_index(batch["input_ids"], **marks)
-    return batch, positions, batch["attention_mask"].sum(-1, keepdim=True) + delta
+    batch["position_ids"], delta = policy.model.base_model.get_rope_index(batch["input_ids"], **marks)
+    del batch["mm_token_type_ids"]  # with positions given, the model has no use for them
+    return batch, batch["attention_mask"].sum(-1, keepdim=True) + delta
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
