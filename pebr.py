@@ -263,10 +263,8 @@ class Policy(torch.nn.Module):
         logprobs, entropy = (torch.cat(values) for values in zip(*scored))  # (tokens,)
         if accelerator.num_processes > 1:  # the vision tower has a gradient also in a batch without pictures
             logprobs = logprobs + 0.0 * sum(p.sum() for p in vision_parameters(self.model) if p.requires_grad)
-        lengths = torch.tensor([len(r.tokens) for r in rollouts], device=accelerator.device)
-        mask = torch.arange(int(lengths.max()), device=accelerator.device) < lengths[:, None]  # (B, C)
-        zeros = torch.zeros(mask.shape, device=accelerator.device)
-        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask.float()
+        lengths, flat = [len(r.tokens) for r in rollouts], (logprobs, entropy, torch.ones_like(entropy))
+        return tuple(pad_sequence(values.split(lengths), True) for values in flat)  # (B, C)
 
     def generate(self, prompts: list[Prompt], n: int, max_new_tokens: int, choose, noise) -> list:
         """n responses to each prompt (see decode). A method, because FSDP has to see it as a forward."""
