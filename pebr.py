@@ -707,10 +707,8 @@ def prepare_training(policy: Policy, cfg: Config):
         plugin = accelerator.state.fsdp_plugin
         # The vision tower stays in the root, which all processes gather, with pictures or without.
         plugin.transformer_cls_names_to_wrap = [type(policy.model.get_decoder().layers[0]).__name__]
-        compute = torch.bfloat16 if cfg.mixed_precision == "bf16" else None
-        precision = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-        plugin.mixed_precision_policy = precision
-        plugin.cpu_ram_efficient_loading = False  # else only the first process could load a reference model
+        dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else None
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     # fused: otherwise, on a GPU, each step takes temporary memory of the size of the weights.
     trained = [p for p in policy.parameters() if p.requires_grad]
     weight_decay = 0.0 if cfg.stage == "warmup" else 0.01  # as in the paper's code
@@ -1070,14 +1068,12 @@ def gathered(policy: Policy):
     numbers of steps. Without FSDP nothing happens."""
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_forward(False)
         module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
-            module.set_reshard_after_forward(module is not policy, recurse=False)
+    yield
+    for module in sharded:  # the policy first: what it sets for all modules, the others set for themselves
+        module.reshard()
+        module.set_reshard_after_forward(module is not policy)
 
 
 # ------------------------------------------------------------------------------------------------------------
