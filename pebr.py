@@ -879,11 +879,9 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                     sampler_logprobs = pad_sequence([r.old_logprobs for r in batch], True).to(logprobs.device)
                     old_logprobs = logprobs.detach() if first else sampler_logprobs  # ratio 1 at first [13]
                     adv = advantages[list(micro)].to(accelerator.device)  # (B,)
-                    loss, metrics = grpo_loss(
-                        logprobs, old_logprobs, ref_logprobs, adv, mask, num_tokens, cfg
-                    )
+                    loss, terms = grpo_loss(logprobs, old_logprobs, ref_logprobs, adv, mask, num_tokens, cfg)
                     accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over them
-                sums.update(metrics | {"entropy": (entropy * mask).sum() / num_tokens})
+                sums.update(terms | {"entropy": (entropy * mask).sum() / num_tokens})
                 if first:  # how far the training forward is from the sampler, which should be the same
                     gap = (logprobs.detach() - sampler_logprobs).abs()
                     sums["sampler_gap"] += (gap * mask).sum() / num_tokens
