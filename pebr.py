@@ -580,7 +580,7 @@ def packed_states(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
 
 
 def position_prompts(policy: Policy, prompts: list[Prompt]) -> tuple[dict, torch.Tensor]:
-    """The left-padded batch with positions (3, B, T) by time, height, width; the next position (B, 1); CPU."""
+    """The left-padded batch with positions (3, B, T) in time, height, width; the next one (B, 1); CPU."""
     batch = collate(prompts, [], policy.pad_id)
     marks = {name: batch.get(name) for name in ("mm_token_type_ids", "image_grid_thw", "attention_mask")}
     batch["position_ids"], delta = policy.model.base_model.get_rope_index(batch["input_ids"], **marks)
