@@ -89,8 +89,8 @@ from rewards import parse_response, score_parts, score_predictions, total_reward
 accelerator: Accelerator = None  # set by main: processes, device and precision
 
 
-def option(default, help: str, training: bool = False):
-    return field(default=default, metadata={"help": help, "training": training})
+def option(default, help: str, training: bool = False, low: float = 0, high: float = math.inf):
+    return field(default=default, metadata=dict(help=help, training=training, low=low, high=high))
 
 
 @dataclass
@@ -117,31 +117,31 @@ class Config:
     from_data: str = option("", "data file; empty: what the stage before made", True)
     learning_rate: float = option(1e-6, "constant in RL; warm-up: 1e-5, 10 %% rising, then cosine", True)
     grad_clip_norm: float = option(1.0, "largest gradient norm; a non-finite one skips the update", True)
-    epochs: int = option(1, "passes over the stage's data (warm-up and reasoning: 2)", True)
+    epochs: int = option(1, "passes over the stage's data (warm-up and reasoning: 2)", True, low=1)
     max_steps: int = option(0, "train exactly so many steps; 0 = as --epochs says", True)
     freeze_vision: bool = option(False, "vision tower and projector do not train (warm-up: yes)", True)
-    batch_size: int = option(512, "questions per step, all processes (perception: 560; warm-up: 128)", True)
-    update_batch_size: int = option(128, "questions per optimizer update in RL (perception: 112)", True)
-    group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO")
-    temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO")
-    top_p: float = option(0.99, "of the rollouts")
-    max_new_tokens: int = option(2048, "longest response; one that has not ended by then is truncated")
+    batch_size: int = option(512, "questions per step, in all (perception: 560; warm-up: 128)", True, low=1)
+    update_batch_size: int = option(128, "questions per update in RL (perception: 112)", True, low=1)
+    group_size: int = option(8, "G, rollouts per question, in sampling and in GRPO", low=1)
+    temperature: float = option(1.2, "of the rollouts, and of all log-probs in GRPO", low=0.01)
+    top_p: float = option(0.99, "of the rollouts", high=1)
+    max_new_tokens: int = option(2048, "longest response; one not ended by then is truncated", low=1)
     kl_coef: float = option(0.01, "weight of the k3 KL to the stage's start model; 0 = no reference model")
     ratio_clip_low: float = option(0.2, "the ratio is clipped at 1 - this")
     ratio_clip_high: float = option(0.3, "the ratio is clipped at 1 + this (DAPO, arXiv 2503.14476)")
     dual_clip: float = option(3.0, "largest ratio of negative advantages, 0 = none (arXiv 1912.09729)")
     clip_model: str = option("", "open_clip name/tag, hf-hub:id, local-dir:folder, or fg-clip:folder")
-    cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward")
-    cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)")
-    toy_shapes: float = option(0.1, "toy: share of the RL questions that ask for a shape")
-    ablation_seeds: int = option(3, "the ablation runs with the seeds 0 to this - 1")
+    cosine_lo: float = option(0.0, "cosine that earns 0 of the CLIP reward", low=-1)
+    cosine_hi: float = option(0.4, "cosine that earns all of it (paper: 0.4, for FG-CLIP)", low=-1)
+    toy_shapes: float = option(0.1, "toy: share of the RL questions that ask for a shape", high=1)
+    ablation_seeds: int = option(3, "the ablation runs with the seeds 0 to this - 1", low=1)
     eval_samples: int = option(1, "sampled responses per question, after the greedy one; 0 = greedy only")
     eval_temperature: float = option(0.5, "of the sampled responses")
     threads: int = option(0, "CPU threads per process; 0 = the cores, shared by the processes")
     fast: bool = option(True, "share prompts within groups (FAST_FAMILIES); off: generate, plain forwards")
     mixed_precision: str = option("bf16", "bf16 (float32 weights, bf16 compute) or no")
-    micro_batch_size: int = option(8, "responses per forward and backward; lower it first if memory runs out")
-    generate_batch_size: int = option(128, "responses generated at once per process")
+    micro_batch_size: int = option(8, "responses per forward; lower it first if memory runs out", low=1)
+    generate_batch_size: int = option(128, "responses generated at once per process", low=1)
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
 
 
@@ -187,7 +187,7 @@ def require(holds, message: str) -> None:
 
 
 def resolve(stage: str, flags: dict) -> Config:
-    """Config of a stage. The later wins: defaults, stage, toy, flags."""
+    """Config of a stage. The later wins: defaults, stage, toy, flags. Raises ConfigError."""
     settings, given = STAGES[stage], flags | {"stage": stage}
     if flags.get("stage", "all") not in (stage, "all"):  # it is made because the named stage needs it
         given = {n: v for n, v in given.items() if not Config.__dataclass_fields__[n].metadata["training"]}
@@ -197,8 +197,10 @@ def resolve(stage: str, flags: dict) -> Config:
     cfg = Config(**settings | given)
     cfg.run_dir = str(Path(cfg.run_dir))  # without a / at its end
     for f in fields(Config):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if f.type is str and f.name not in given:  # a table's path, made of the fields above it
-            setattr(cfg, f.name, getattr(cfg, f.name).format(**vars(cfg)))
+            setattr(cfg, f.name, value.format(**vars(cfg)))
+        require(f.type is str or low <= value <= high, f"--{f.name} {value}: must be from {low} to {high}")
     return cfg
 
 
@@ -1357,7 +1359,6 @@ svg {{ color: #24292f }} @media (prefers-color-scheme: dark) {{ svg {{ color: #d
 def ablation(flags: dict) -> None:
     """Run the arms for each seed, in run folders of their own; write their scores, a table and figures."""
     cfg, scores = resolve("evaluate", flags), {}  # {model: {measure: [its score with each seed]}}
-    require(cfg.ablation_seeds > 0, f"--ablation_seeds {cfg.ablation_seeds}: must be at least 1")
     folder, name = Path(cfg.run_dir, "ablation"), f"shapes{cfg.toy_shapes}"
     for seed in tqdm(range(cfg.ablation_seeds), desc="ablation"):
         run_dir = folder / f"{name}_seed{seed}"
@@ -1465,28 +1466,19 @@ def run_stage(cfg: Config) -> None:
 
 
 def check_config(cfg: Config) -> None:
-    """Raises ConfigError for settings that cannot work, before anything is loaded."""
-    stage, processes = cfg.stage, accelerator.num_processes
-    batch, update = cfg.batch_size, cfg.update_batch_size
+    """Raises ConfigError for settings that cannot work together, before anything is loaded."""
+    stage, batch, update = cfg.stage, cfg.batch_size, cfg.update_batch_size
+    processes, weights = accelerator.num_processes, STAGE_REWARDS.get(stage, {})
     flag = STAGES[stage].get("from_data", "").strip("{}")  # sft_data, train_data or test_data
-    message = (
-        f"--stage {stage} needs --{flag} (stages after it do without, given --from_model and --from_data)"
-    )
-    require(cfg.from_data or not flag, message)
-    needs_clip = "clip" in STAGE_REWARDS.get(stage, ())
-    require(cfg.clip_model or not needs_clip, f"--stage {stage} needs --clip_model")
-    least = "batch_size update_batch_size micro_batch_size generate_batch_size max_new_tokens epochs"
-    least = dict.fromkeys(least.split(), 1) | {"max_steps": 0, "learning_rate": 0, "eval_samples": 0}
-    least["group_size"] = 2 if stage in STAGE_REWARDS else 1  # a group of one has no spread, so no advantage
-    for name, low in least.items():
-        require(getattr(cfg, name) >= low, f"--{name} {getattr(cfg, name)}: must be at least {low}")
-    require(cfg.temperature > 0, f"--temperature {cfg.temperature}: must be above 0")
+    later = "a later stage does without, given --from_model and --from_data"
+    require(cfg.from_data or not flag, f"--stage {stage} needs --{flag}; {later}")
+    require(cfg.clip_model or "clip" not in weights, f"--stage {stage} needs --clip_model")
+    require(cfg.group_size > 1 or not weights, "--group_size 1: a group of one has no spread, no advantage")
     require(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo}: must be below --cosine_hi")
-    require(0 <= cfg.top_p <= 1, f"--top_p {cfg.top_p}: must be from 0 to 1")
     rule = f"--batch_size {batch} must be a multiple of "
     if stage == "warmup":
         require(batch % processes == 0, f"{rule}the number of processes, {processes}")
-    if stage in STAGE_REWARDS:
+    if weights:
         rule += f"--update_batch_size {update}, and that a multiple of the number of processes, {processes}"
         require(batch % update == update % processes == 0, rule)
 
@@ -1510,7 +1502,6 @@ def start_accelerator(cfg: Config) -> Accelerator:
 def run_stages(names: list[str], flags: dict) -> None:
     """The named stages and what they need, in their run folder, which is locked meanwhile."""
     cfg = resolve(names[0], flags)
-    require(0 <= cfg.toy_shapes <= 1, f"--toy_shapes {cfg.toy_shapes}: must be from 0 to 1")
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "run.lock", "w")  # the kernel frees it when this process ends, in whatever way

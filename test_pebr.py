@@ -1275,9 +1275,9 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         ("--seed 5", "was made with --seed 0 "),
         ("--toy_shapes 0.5", "was made with --seed 0 --toy_shapes 0.1"),
         (f"--stage warmup --overwrite --from_model {tmp_path}/x/../run/sample", "would delete .*/run/sample"),
-        ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be at least 1"),
-        ("--stage warmup --batch_size 0", "--batch_size 0: must be at least 1"),
-        ("--stage perception --temperature 0", "--temperature 0.0: must be above 0"),
+        ("--stage ablation --ablation_seeds 0", "--ablation_seeds 0: must be from 1 to inf"),
+        ("--stage warmup --batch_size 0", "--batch_size 0: must be from 1 to inf"),
+        ("--stage perception --temperature 0", "--temperature 0.0: must be from 0.01"),
         ("--stage perception --cosine_lo 0.9", "--cosine_lo 0.9: must be below --cosine_hi"),
         ("--toy_shapes 2", "--toy_shapes 2.0: must be from 0 to 1"),
     ]
