@@ -898,26 +898,18 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-EVALUATED = "model from_data seed prompt_file max_pixels max_length skip_bad_rows top_p max_new_tokens"
-EVALUATED += " eval_samples eval_temperature clip_model cosine_lo cosine_hi"
-
 
 def evaluate(cfg: Config, folder: Path) -> None:
     """Answer the held-out questions greedily and sampled, with every model of the run, and print one table.
 
-    Writes folder/<file>/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
+    Writes folder/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
     layout of VLMEvalKit's judge. A model that has scores is not asked again.
     """
     trained = [s for s in (*ORDER, *ARMS) if s != "sample" and Path(cfg.run_dir, s, "done").is_file()]
     models = {"base": cfg.model} | {stage: str(Path(cfg.run_dir, stage)) for stage in trained}
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
-    folder, rows, clip_scorer = folder / Path(cfg.from_data).stem, [], load_clip(cfg)
-    settings = json.dumps({name: getattr(cfg, name) for name in EVALUATED.split()})
-    begun = (folder / "settings.json").read_text() if (folder / "settings.json").is_file() else settings
-    require(begun == settings, f"{folder} is of another file or other settings: use another --run_dir")
-    accelerator.wait_for_everyone()
-    write_text(folder / "settings.json", settings)
+    rows, clip_scorer = [], load_clip(cfg)
     modes = {"greedy": (1, 0.0), "sampled": (cfg.eval_samples, cfg.eval_temperature)}
     for name, model_path in models.items():
         if (folder / name / "scores.json").is_file():
@@ -1332,8 +1324,8 @@ def difficulty_section(path: Path) -> str:
 
 def evaluation_section(path: Path) -> str:
     """The table; the three questions on which the last three models differ most in keywords and verdict."""
-    made, cfg = [json.loads((folder / "settings.json").read_text()) for folder in path.parents[:2]]
-    rows, table = rows_by_qid(made.get("from_data", ""), cfg["image_root"]), path.read_text()
+    cfg, table = json.loads(path.with_name("settings.json").read_text()), path.read_text()
+    rows = rows_by_qid(cfg["from_data"], cfg["image_root"])
     models = dict.fromkeys(line.split("  ")[0] for line in table.splitlines()[1:-1])
     answers = zip(*[read_jsonl(path.with_name(model) / "predictions_greedy.jsonl") for model in models])
     grade = lambda record: (record["parts"][0].get("keyword", 0), record["verdicts"][0])
@@ -1432,22 +1424,26 @@ def stages_to_run(names: list[str], flags: dict) -> list[Config]:
 
 
 PINNED = "seed from_model from_data prompt_file batch_size group_size temperature top_p"  # once it has begun
+PINNED = dict.fromkeys(STAGES, PINNED) | {"sample": PINNED + " max_new_tokens"}
+PINNED["evaluate"] = "seed model from_data prompt_file max_pixels max_length skip_bad_rows top_p clip_model"
+PINNED["evaluate"] += " max_new_tokens eval_samples eval_temperature cosine_lo cosine_hi"  # never done
 
 
 def run_stage(cfg: Config) -> None:
     """Fill a stage's folder, unless it is done."""
-    folder = Path(cfg.run_dir, cfg.stage)
+    folder = Path(cfg.run_dir, cfg.stage, Path(cfg.from_data).stem if cfg.stage == "evaluate" else "")
     if (folder / "done").is_file():
         message = f"{folder} is done, with the flags in its settings.json; --overwrite redoes it"
         return accelerator.print(message, flush=True)
     lasting = cfg.stage not in ("evaluate", "dryrun")  # these may find new models, or another machine
-    begun, name_of = folder / "settings.json", lambda value: Path(str(value)).name  # the run folder may move
-    if lasting and any(path.stat().st_size for path in folder.glob("*.jsonl")):
-        then, pinned = json.loads(begun.read_text()), PINNED + " max_new_tokens" * (cfg.stage == "sample")
-        for name, value in asdict(cfg).items():
-            if name_of(then[name]) != name_of(value) and name not in ("run_dir", "overwrite"):
+    begun = folder / "settings.json"
+    if cfg.stage != "dryrun" and any(path.stat().st_size for path in folder.rglob("*.jsonl")):
+        then, now = json.loads(begun.read_text()), asdict(cfg)
+        inside = lambda cfg, name: str(cfg[name]).replace(cfg["run_dir"] + "/", "")  # the run folder may move
+        for name in now.keys() - {"run_dir", "overwrite"}:
+            if inside(then, name) != inside(now, name):
                 message = f"{folder} was begun with --{name} {then[name]}"
-                require(name not in pinned.split(), f"{message}; --overwrite begins anew")
+                require(name not in PINNED[cfg.stage].split(), f"{message}; --overwrite begins anew")
                 accelerator.print(message)
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(begun, json.dumps(asdict(cfg), indent=1))
@@ -1460,7 +1456,7 @@ def run_stage(cfg: Config) -> None:
     if accelerator.is_main_process:
         for path in [*folder.glob("checkpoint-*"), folder / "unfinished"]:
             shutil.rmtree(path, ignore_errors=True)
-    write_report(folder.parent)
+    write_report(Path(cfg.run_dir))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 

@@ -1519,7 +1519,7 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
     path.unlink()  # what is saved is scored again, and not asked again
     run(tmp_path, "--stage evaluate", flags)
     assert read_json(path) == scores
-    with pytest.raises(SystemExit, match="is of another file or other settings"):
+    with pytest.raises(SystemExit, match="Kit was begun with --eval_temperature 0.5; --overwrite"):
         run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
 
 
@@ -1575,7 +1575,7 @@ def kill_and_compare(folder, seed, runs, steps):
         for stage in (*targets, None):  # the last start is not killed
             process = server.Process(target=all_stages, args=(run_dir, seed, steps))
             process.start()
-            sign = rng.choice(["settings.json", "**/*.jsonl"])
+            sign = rng.choice(["**/settings.json", "**/*.jsonl"])
             while stage and process.is_alive() and not any((run_dir / stage).glob(sign)):
                 time.sleep(0.01)
             process.join(rng.uniform(0, span / 8) if stage else None)
