@@ -761,7 +761,6 @@ def warmup(cfg: Config, folder: Path) -> tuple:
                 accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over processes
             sums.update({"loss": loss.detach()})
         metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(step, log.total, cfg), cfg)
-        log.lap("update")
         log.end_step(metrics | {"tokens": num_tokens})
     return policy, model
 
@@ -888,7 +887,6 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
                     gap = (logprobs.detach() - sampler_logprobs).abs()
                     sums["sampler_gap"] += (gap * mask).sum() / num_tokens
             updates.append(optimizer_step(model, optimizer, sums, cfg.learning_rate, cfg))
-        log.lap("update")
         scores = dict(parts=parts, rewards=rewards, advantages=advantages.tolist())
         records = answer_records(rollouts, cfg.group_size, **scores)
         log.end_step(mean_of(updates) | rollout_metrics(records), records)
@@ -1132,6 +1130,7 @@ class StepLog:
 
     def end_step(self, metrics: dict, records: list = ()) -> None:
         """Write metrics.jsonl (the same in each run of a seed), timing.jsonl, samples.jsonl; checkpoint."""
+        self.lap("update")
         metrics = {name: float(f"{v:.6g}") if math.isfinite(v) else str(v) for name, v in metrics.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, on Linux
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak
