@@ -991,13 +991,11 @@ def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
 
 def local_questions(rows: list[Row], step: int, cfg: Config) -> list[tuple[Row, int]]:
     """This process's part of every update of a step (from 1), as (row, position in the step): an update has
-    the same questions on any number of processes. Steps follow each other through shuffled epochs."""
+    the same questions on any number of processes. Question i of a stage is the i % n-th of epoch i // n."""
     first, n = (step - 1) * cfg.batch_size, len(rows)
-    epochs = range(first // n, (first + cfg.batch_size - 1) // n + 1)
-    order = [torch.randperm(n, generator=seeded(f"{cfg.seed} {epoch}")) for epoch in epochs]
-    order = torch.cat(order).tolist()[first % n :]
+    order = functools.cache(lambda epoch: torch.randperm(n, generator=seeded(f"{cfg.seed} {epoch}")).tolist())
     mine = range(accelerator.process_index, cfg.batch_size, accelerator.num_processes)
-    return [(rows[order[position]], position) for position in mine]
+    return [(rows[order((first + i) // n)[(first + i) % n]], i) for i in mine]
 
 
 def seeded(seed: str) -> torch.Generator:
