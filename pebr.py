@@ -1209,12 +1209,11 @@ def dryrun(cfg: Config, folder: Path) -> None:
         shutil.rmtree(folder)  # an earlier dry run, and its checkpoint
         folder.mkdir()
         Image.effect_noise((side, side), 100).save(picture)
-    accelerator.wait_for_everyone()
-    row = Row("dryrun", "0", "a", "a", [str(picture)])
-    inputs = encode_prompt(load_policy(cfg.from_model, cfg), row, cfg).inputs
-    problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
-    raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
-    write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
+        shortest = Row("dryrun", "0", "a", "a", [str(picture)])
+        inputs = encode_prompt(load_policy(cfg.from_model, cfg), shortest, cfg).inputs
+        problem = "a" + " a" * (cfg.max_length - inputs["input_ids"].shape[1])
+        raw = {"problem": problem, "answer": "a", "images": [picture.name], "key_words": ["a"]}
+        write_text(path, json.dumps([raw | {"qid": str(i)} for i in range(cfg.batch_size)]))
     accelerator.wait_for_everyone()
     train_grpo(replace(cfg, from_data=str(path), image_root=""), folder)
     for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
