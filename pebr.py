@@ -741,8 +741,8 @@ def optimizer_step(model, optimizer, sums: Counter, learning_rate: float, cfg: C
 # Warm-up: supervised fine-tuning on structured rationales
 
 
-def warmup(cfg: Config, folder: Path) -> tuple:
-    """Loss on the response only (paper, section "warm-up"). Returns the policy, bare and wrapped."""
+def warmup(cfg: Config, folder: Path) -> Policy:
+    """Loss on the response only (paper, section "warm-up"). Returns the trained policy."""
     policy = load_policy(cfg.from_model, cfg)
     rows, dropped = filter_warmup_rows(checked_rows(cfg.from_data, cfg, policy, ("response",)))
     own = sum(map(has_instruction, rows))
@@ -762,7 +762,7 @@ def warmup(cfg: Config, folder: Path) -> tuple:
             sums.update({"loss": loss.detach()})
         metrics = optimizer_step(model, optimizer, sums, warmup_learning_rate(step, log.total, cfg), cfg)
         log.end_step(metrics | {"tokens": num_tokens})
-    return policy, model
+    return policy
 
 
 def encode_example(policy: Policy, row: Row, cfg: Config) -> Rollout:
@@ -847,8 +847,8 @@ def split_by_difficulty(rows: list[Row], scores: dict[str, list[float]], n: int)
 # GRPO: perception RL and reasoning RL are this loop with another reward and other questions
 
 
-def train_grpo(cfg: Config, folder: Path) -> tuple:
-    """GRPO (arXiv 2402.03300) with the stage's reward. Returns the policy, bare and wrapped."""
+def train_grpo(cfg: Config, folder: Path) -> Policy:
+    """GRPO (arXiv 2402.03300) with the stage's reward. Returns the trained policy."""
     policy, weights = load_policy(cfg.from_model, cfg), STAGE_REWARDS[cfg.stage]
     rows, clip_scorer = grpo_rows(cfg, policy, weights), load_clip(cfg)
     model, optimizer = prepare_training(policy, cfg)
@@ -890,7 +890,7 @@ def train_grpo(cfg: Config, folder: Path) -> tuple:
         scores = dict(parts=parts, rewards=rewards, advantages=advantages.tolist())
         records = answer_records(rollouts, cfg.group_size, **scores)
         log.end_step(mean_of(updates) | rollout_metrics(records), records)
-    return policy, model
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1158,10 +1158,9 @@ class StepLog:
         self.saved = time.monotonic()
 
 
-def save_policy(policy: Policy, model, folder: Path) -> None:
+def save_policy(policy: Policy, folder: Path) -> None:
     """A complete Hugging Face folder, in float32, so that the next stage goes on from the exact weights."""
-    state = accelerator.get_state_dict(model)  # collective: on every process
-    state = {name.removeprefix("model."): value for name, value in state.items()}  # the policy's model
+    state = accelerator.get_state_dict(policy.model)  # collective: on every process
     for name in policy.model.all_tied_weights_keys:
         state.pop(name, None)  # FSDP gathers tied weights twice
     if accelerator.is_main_process:
@@ -1444,9 +1443,9 @@ def run_stage(cfg: Config) -> None:
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(begun, json.dumps(asdict(cfg), indent=1))
     work = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
-    if trained := work.get(cfg.stage, train_grpo)(cfg, folder):
-        save_policy(*trained, folder)
-        trained = None  # for free_memory below
+    if policy := work.get(cfg.stage, train_grpo)(cfg, folder):
+        save_policy(policy, folder)
+        policy = None  # for free_memory below
     if lasting:
         write_text(folder / "done", "")
     if accelerator.is_main_process:

@@ -1010,7 +1010,7 @@ def test_the_folders_generation_config_does_not_leak_and_is_kept_on_saving(toy, 
     prompts = prompts_of(policy, cfg, tmp_path)
     expected = [r.text for r in pebr.generate_rollouts(policy, prompts, 4, cfg, "")]
     policy.saved_generation_config.update(min_new_tokens=7, no_repeat_ngram_size=1, repetition_penalty=1.5)
-    pebr.save_policy(policy, policy, tmp_path / "model")
+    pebr.save_policy(policy, tmp_path / "model")
     leaky = pebr.load_policy(str(tmp_path / "model"), cfg)
     assert leaky.end_ids == policy.end_ids and len(leaky.end_ids) == 2
     assert leaky.saved_generation_config.no_repeat_ngram_size == 1
@@ -1156,7 +1156,7 @@ def test_a_pretended_device_gives_the_cpus_values(fast, again, precision, rel, a
             for stage, train in (("warmup", pebr.warmup), ("perception", pebr.train_grpo)):
                 folder = tmp_path / where.type / stage
                 folder.mkdir(parents=True)
-                policy, _ = train(replace(cfg, stage=stage, from_model=str(toy / "model")), folder)
+                policy = train(replace(cfg, stage=stage, from_model=str(toy / "model")), folder)
                 logs = [pebr.read_jsonl(folder / name) for name in ("metrics.jsonl", "samples.jsonl")]
                 found.append((*logs, [p.detach().cpu() for p in policy.parameters()]))
     for ([exact], samples, weights), ([line], same_samples, same_weights) in zip(found[:2], found[2:]):
@@ -1620,8 +1620,8 @@ def train(*argv):
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32
-    save, start = pebr.save_policy, pebr.start_accelerator
-    pebr.save_policy = lambda *args: print("saves", type(args[1])) or save(*args)
+    prepare, start = pebr.prepare_training, pebr.start_accelerator
+    pebr.prepare_training = lambda *args: (made := prepare(*args), print("trains", type(made[0])))[0]
 
     def start_accelerator(cfg):
         started = start(cfg)
