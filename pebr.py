@@ -440,8 +440,7 @@ def prefill(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int):
     layers = [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in out.past_key_values.layers]
     rows, (_, heads, _, dim) = len(prompts) * n, layers[0][0].shape
     own = [tuple(x.new_zeros(rows, heads, max_new_tokens, dim) for x in layer) for layer in layers]
-    padding = batch["attention_mask"][:, None, None] == 0  # (P, 1, 1, T)
-    bias = torch.zeros(padding.shape, device=accelerator.device).masked_fill(padding, float("-inf"))
+    bias = batch["attention_mask"][:, None, None].float().log()  # (P, 1, 1, T)
     cache = GroupCache(layers, bias, n, torch.arange(rows, device=accelerator.device), own)
     return out.logits[:, -1], next_position, cache
 
