@@ -782,9 +782,6 @@ def warmup_learning_rate(step: int, total: int, cfg: Config) -> float:
 # Difficulty sampling: 8 of 8 right is easy, 0 of 8 is hard, the rest is medium
 
 
-SAMPLE_PIXEL_RATIO = 4_194_304 / 802_816  # the paper's limits: of a picture in sampling, and elsewhere
-
-
 def sample(cfg: Config, folder: Path) -> None:
     """Answer every question G times with a frozen model; write easy, medium and hard.json and a summary.
 
@@ -793,7 +790,7 @@ def sample(cfg: Config, folder: Path) -> None:
     """
     policy, path = load_policy(cfg.from_model, cfg), folder / "rollouts.jsonl"
     rows = checked_rows(cfg.from_data, cfg, policy, ("answer",))
-    larger = replace(cfg, max_pixels=round(SAMPLE_PIXEL_RATIO * cfg.max_pixels))  # [10]
+    larger = replace(cfg, max_pixels=round(4_194_304 / 802_816 * cfg.max_pixels))  # the paper's limits [10]
     records = answer_questions(policy.to(accelerator.device), rows, cfg.group_size, larger, path)
     if not accelerator.is_main_process:
         return
