@@ -1254,7 +1254,8 @@ def chart(title: str, lines: dict[str, list], left: int = 0) -> str:
     low, high, start, end = min(ys), max(ys), min(xs), max(xs)
     to_x = lambda x: 40 + 265 * (x - start) / (end - start or 1)
     to_y = lambda y: 185 - 155 * (y - low) / (high - low or 1)
-    body = f'<text y="16" font-weight="bold">{title}</text><text x="40" y="204">{start:g}</text>'
+    body = f'<svg x="{left}" width="320" viewBox="0 0 320 250" font-size="12" fill="currentColor">'
+    body += f'<text y="16" font-weight="bold">{title}</text><text x="40" y="204">{start:g}</text>'
     body += f'<text x="305" y="204" text-anchor="end">{end:g}</text>'
     for y in (low + (high - low) * tick / 4 for tick in range(5)):
         body += f'<path d="M40 {to_y(y):.1f}h265" stroke="currentColor" opacity=".2"/>'
@@ -1264,9 +1265,7 @@ def chart(title: str, lines: dict[str, list], left: int = 0) -> str:
         points = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in line)
         body += f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>'
         body += f'<text x="{40 + 130 * (i % 2)}" y="{224 + 18 * (i // 2)}" fill="{color}">{label}</text>'
-    return (
-        f'<svg x="{left}" width="320" viewBox="0 0 320 250" font-size="12" fill="currentColor">{body}</svg>'
-    )
+    return body + "</svg>"
 
 
 def gallery(row: Row, heads: list[str] = (), responses: list[str] = ()) -> str:
