@@ -145,20 +145,20 @@ class Config:
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
 
 
-STAGES = {  # where a stage's model and data come from, and the paper's settings that are not defaults
+STAGES = {  # in order: where each's model and data come from, and the paper's settings that are no defaults
     "warmup": dict(from_model="{model}", from_data="{sft_data}", learning_rate=1e-5, epochs=2,
                    freeze_vision=True, batch_size=128, max_length=4096),
     "sample": dict(from_model="{run_dir}/warmup", from_data="{train_data}"),
     "perception": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json", batch_size=560,
                        update_batch_size=112),
     "reasoning": dict(from_model="{run_dir}/perception", from_data="{run_dir}/sample/medium.json", epochs=2),
-    "evaluate": dict(from_data="{test_data}"),
-    "dryrun": dict(from_model="{model}", batch_size=560, update_batch_size=112, max_steps=2),
     # The ablation's arms: one stage in the place of two.
     "perception_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy.json",
                             batch_size=560, update_batch_size=112),
     "reasoning_only": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/medium.json"),
     "mixed": dict(from_model="{run_dir}/warmup", from_data="{run_dir}/sample/easy_and_medium.json"),
+    "evaluate": dict(from_data="{test_data}"),
+    "dryrun": dict(from_model="{model}", batch_size=560, update_batch_size=112, max_steps=2),
 }  # fmt: skip
 TOY = {  # --model toy: a 0.9 M parameter model that starts from random weights and has minutes, not days
     "all": dict(model="{run_dir}/toy/model", train_data="{run_dir}/toy/train.json",
@@ -899,7 +899,7 @@ def evaluate(cfg: Config, folder: Path) -> None:
     Writes folder/<model>/: predictions_*.jsonl, scores.json and, for a TSV, predictions_*.tsv in the
     layout of VLMEvalKit's judge. A model that has scores is not asked again.
     """
-    trained = [s for s in (*ORDER, *ARMS) if s != "sample" and Path(cfg.run_dir, s, "done").is_file()]
+    trained = [s for s in STAGES if s != "sample" and Path(cfg.run_dir, s, "done").is_file()]
     models = {"base": cfg.model} | {stage: str(Path(cfg.run_dir, stage)) for stage in trained}
     if cfg.from_model:
         models = {cfg.from_model.strip("./").replace("/", "_"): cfg.from_model}
@@ -1403,7 +1403,7 @@ def write_figures(folder: Path, name: str, scores: dict[str, dict], seeing: int,
 def stages_to_run(names: list[str], flags: dict) -> list[Config]:
     """The named stages, and before them those that their models and data come from and that are not done."""
     todo, inputs = [], set()
-    for name in ("dryrun", "evaluate", *ARMS, *reversed(ORDER[:-1])):
+    for name in reversed(STAGES):
         cfg = resolve(name, flags)
         folder, named = Path(cfg.run_dir, name), name in names
         done = (folder / "done").is_file() and not (named and cfg.overwrite)
@@ -1507,16 +1507,17 @@ def run_stages(names: list[str], flags: dict) -> None:
     for path in filter(None, (flags.get("from_data"), cfg.sft_data, cfg.train_data, cfg.test_data)):
         if Path(path).parent not in made:
             checked_rows(path, cfg, None, ())
-    if cfg.overwrite and names[0] != "dryrun":
-        order = [*ORDER[:-1], *ARMS, "evaluate"]
-        discarded = [(folder / name).resolve() for name in order[order.index(names[0]) :]]
+    if cfg.overwrite:
+        later = itertools.dropwhile(lambda name: name != names[0], STAGES)
+        discarded = [(folder / name).resolve() for name in later]
         for path in (Path(cfg.from_model).resolve(), Path(cfg.from_data).resolve()):
             kept = not {path, *path.parents} & {*discarded}
             require(kept, f"--overwrite would delete {path}, which the stage starts from: copy it")
         trash = folder / "discarded"  # a rename first: a kill must not leave a part of a stage
         shutil.rmtree(trash, ignore_errors=True)
-        for later in filter(Path.is_dir, discarded[::-1] * accelerator.is_main_process):
-            shutil.rmtree(later.rename(trash))
+        for stage in reversed(discarded):
+            if accelerator.is_main_process and stage.is_dir():
+                shutil.rmtree(stage.rename(trash))
     accelerator.wait_for_everyone()
     for each in todo:
         run_stage(each)
