@@ -278,8 +278,7 @@ def load_policy(path: str, cfg: Config) -> Policy:
 
     In float32: at lr 1e-6 a bf16 weight is too coarse to move at all. bf16 compute comes from accelerate.
     """
-    if "/" not in path and not Path(path).is_dir():
-        raise ConfigError(f"{path}: no such folder (and the id of a model on the hub has a /)")
+    require("/" in path or Path(path).is_dir(), f"{path}: no such folder (a hub model's id has a /)")
     options = dict(trust_remote_code=cfg.trust_remote_code)
     try:
         processor = AutoProcessor.from_pretrained(path, **options)
@@ -936,8 +935,7 @@ def evaluate(cfg: Config, folder: Path) -> None:
 @functools.cache
 def read_instruction(prompt_file: str) -> str:
     text = Path(prompt_file).read_text("utf-8-sig") if prompt_file else INSTRUCTION
-    if "{question}" not in text:
-        raise ConfigError(f"--prompt_file {prompt_file}: no {{question}} in it, the question's place")
+    require("{question}" in text, f"--prompt_file {prompt_file}: no {{question}} in it, the question's place")
     return text
 
 
