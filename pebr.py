@@ -256,12 +256,13 @@ class Policy(torch.nn.Module):
         rollouts: B responses, those to one prompt side by side. Returns logprobs (B, C) with gradient,
         entropy (B, C) without, mask (B, C). Float32 softmax over the whole vocabulary, before ban and top-p.
         """
-        hidden = (packed_states if self.fast else plain_states)(self, rollouts)  # (tokens, D)
         ids = torch.cat([r.tokens for r in rollouts]).to(accelerator.device)
-        # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB.
         score = functools.partial(head_logprobs, self.model.get_output_embeddings(), temperature=temperature)
-        chunks = zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))
-        scored = [checkpoint(score, states, chunk, use_reentrant=False) for states, chunk in chunks]
+        with accelerator.autocast():
+            hidden = (packed_states if self.fast else plain_states)(self, rollouts)  # (tokens, D)
+            # Checkpointed chunks: the (tokens, vocabulary) logits of a real model would be several GiB.
+            chunks = zip(hidden.split(LOGITS_CHUNK), ids.split(LOGITS_CHUNK))
+            scored = [checkpoint(score, states, chunk, use_reentrant=False) for states, chunk in chunks]
         logprobs, entropy = (torch.cat(values) for values in zip(*scored))  # (tokens,)
         if accelerator.num_processes > 1:  # the vision tower has a gradient also in a batch without pictures
             logprobs = logprobs + 0.0 * sum(p.sum() for p in vision_parameters(self.model) if p.requires_grad)
@@ -747,8 +748,7 @@ def warmup(cfg: Config, folder: Path) -> Policy:
         sums = Counter()
         for micro in in_batches(batch, cfg.micro_batch_size):
             with sync_at_last(model, micro[-1] is batch[-1]):
-                with accelerator.autocast():
-                    logprobs, _, mask = model(micro, 1.0)  # (B, C)
+                logprobs, _, mask = model(micro, 1.0)  # (B, C)
                 loss = -(logprobs * mask).sum() / num_tokens
                 accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over processes
             sums.update({"loss": loss.detach()})
@@ -861,11 +861,10 @@ def train_grpo(cfg: Config, folder: Path) -> Policy:
             sums, first = Counter(), not updates
             for micro in in_batches(update, cfg.micro_batch_size):
                 batch = [rollouts[i] for i in micro]
-                with torch.no_grad(), accelerator.autocast():
+                with torch.no_grad():
                     ref_logprobs = reference(batch, cfg.temperature)[0] if reference else None  # (B, C)
                 with sync_at_last(model, micro[-1] == update[-1]):
-                    with accelerator.autocast():
-                        logprobs, entropy, mask = model(batch, cfg.temperature)  # (B, C)
+                    logprobs, entropy, mask = model(batch, cfg.temperature)  # (B, C)
                     sampler_logprobs = pad_sequence([r.old_logprobs for r in batch], True).to(logprobs.device)
                     old_logprobs = logprobs.detach() if first else sampler_logprobs  # ratio 1 at first [13]
                     adv = advantages[list(micro)].to(accelerator.device)  # (B,)
