@@ -1515,7 +1515,7 @@ def run_stages(names: list[str], flags: dict) -> None:
     accelerator.print(f"\n{folder / 'report.html'} shows the run")
 
 
-def parse_flags(argv: list[str]) -> dict:
+def parse_flags(argv: list[str] | None) -> dict:
     """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.description = __doc__.split("\n\nWhere this departs")[0]
@@ -1532,7 +1532,7 @@ def parse_flags(argv: list[str]) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Run the stage that --stage names, or all of them; end in one line for what a user can mend."""
     global accelerator
-    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    flags = parse_flags(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it notes tied weights each time
