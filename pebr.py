@@ -1539,8 +1539,7 @@ def main(argv: list[str] | None = None) -> None:
     stage = flags.get("stage", "all")
     several = stage in ("all", "ablation")
     try:
-        known = f"one of {', '.join(STAGES)}, all, ablation"
-        require(several or stage in STAGES, f"--stage {stage}: must be {known}")
+        require(several or stage in STAGES, f"--stage {stage} is none of {', '.join(STAGES)}, all, ablation")
         rule = "--from_model and --from_data belong to one stage: name it with --stage"
         require(not (several and {"from_model", "from_data"} & flags.keys()), rule)
         accelerator = start_accelerator(resolve("warmup" if several else stage, flags))

@@ -1266,7 +1266,7 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
     table = [
         ("--test_data /no/such/file.json", "/no/such/file.json: no such file"),
         ("--from_model x", "--from_model and --from_data belong to one stage"),
-        ("--stage percept", "--stage percept: must be one of"),
+        ("--stage percept", "--stage percept is none of"),
         ("--stage perception --group_size 1", "--group_size 1"),
         ("--stage perception --batch_size 10 --update_batch_size 4", "a multiple of --update_batch_size 4"),
         ("--stage perception --model x --from_model x --from_data y", "perception needs --clip_model"),
