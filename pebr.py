@@ -59,8 +59,7 @@ import time
 import zlib
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, send_to_device
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, tqdm
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 import torch
@@ -1469,8 +1468,8 @@ def start_accelerator(cfg: Config) -> Accelerator:
     processes = PartialState(cpu=cpu, timeout=timedelta(hours=2)).num_processes
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // local))
-    once = GradientAccumulationPlugin(num_steps=1)  # whatever the launcher says: backward would divide by it
-    started = Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once)
+    started = Accelerator(cpu=cpu, mixed_precision=precision)
+    started.gradient_accumulation_steps = 1  # whatever the launcher says: backward would divide by it
     known = started.is_fsdp2 or started.distributed_type.value not in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
     require(known, f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
     return started
