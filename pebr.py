@@ -1219,7 +1219,7 @@ body { max-width: 1240px; margin: auto; padding: 1em; overflow-wrap: anywhere } 
 .grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)) }
 article { background: #8881; border-radius: 6px; padding: .8em; max-height: 38em; overflow-y: auto }
 .description { border-left: 3px solid #4c8bc0; padding-left: .6em } img { width: 96px } p { margin: .4em 0 }
-.k0 { color: #cc6a5c; text-decoration: line-through } .k1 { color: #4f9d69 } svg { width: 100% }
+.k0 { color: #c65; text-decoration: line-through } .k1 { color: #4a6 } svg { width: 100%; max-width: 320px }
 .question { display: flex; gap: 1em; margin: 1em 0; white-space: pre-line }</style><h1>PeBR run</h1>"""
 
 
