@@ -1420,8 +1420,8 @@ def run_stage(cfg: Config) -> None:
     if cfg.stage != "dryrun" and any(path.stat().st_size for path in folder.rglob("*.jsonl")):
         then, now = json.loads(begun.read_text()), asdict(cfg)
         inside = lambda cfg, name: str(cfg[name]).replace(cfg["run_dir"] + "/", "")  # the run folder may move
-        for name in now.keys() - {"run_dir", "overwrite"}:
-            if inside(then, name) != inside(now, name):
+        for name in now:
+            if inside(then, name) != inside(now, name) and name not in ("run_dir", "overwrite"):
                 message = f"{folder} was begun with --{name} {then[name]}"
                 require(name not in PINNED[cfg.stage].split(), f"{message}; --overwrite begins anew")
                 accelerator.print(message)
