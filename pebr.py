@@ -1232,6 +1232,7 @@ def write_report(run_dir: Path) -> None:
         write_text(run_dir / "report.html", "".join(page).encode("ascii", "xmlcharrefreplace").decode())
 
 
+@functools.lru_cache(maxsize=8)
 def rows_by_qid(path: str | Path, image_root: str) -> dict[str, Row]:
     with suppress(DataError):  # no rows, or moved
         return {row.qid: row for row in load_rows(str(path), image_root)[0]}

@@ -75,6 +75,7 @@ def parse_response(text: str) -> Response:
     return Response(descriptions[0] if descriptions else "", answer, well_formed)
 
 
+@functools.lru_cache(maxsize=4096)
 def key_tokens(text: str) -> list[str]:
     """Words, numbers and signs in one spelling: 1,000 and 3.0 as 1000 and 3; "two" to "twelve" as numbers
     ("one" is mostly a pronoun); 3cm as 3 cm; percent as %. Case is kept."""
@@ -95,9 +96,9 @@ def word_forms(word: str) -> set[str]:
 
 
 def keyword_reward(description: str, key_words: list[str]) -> float:
-    """Share of the reference keywords, 0 to 1, that the image description names (paper, stage 1), as a whole
-    word or phrase, in any case, singular or plural: "3" is met by 3 and three, not by 13 or 3.5. A keyword of
-    one letter (point A of a figure) is met in its own case only. [1]"""
+    """Share of the reference keywords, 0 to 1, that the image description names (paper, stage 1), as whole
+    words, in any case, singular or plural: "3" is met by 3 and three, not by 13 or 3.5. A keyword of one
+    letter (point A of a figure) is met in its own case only. [1]"""
     said = key_tokens(description)
     folded, forms = [token.casefold() for token in said], [word_forms(token) for token in said]
 
