@@ -412,17 +412,22 @@ class GroupCache:
     prompts: list[tuple[torch.Tensor, torch.Tensor]]  # per layer (P, kv heads, T, dim)
     bias: torch.Tensor  # (P, 1, 1, T): 0, or -inf where a prompt is padded
     n: int  # responses to a prompt
-    slot: torch.Tensor  # (rows,): row r is response slot[r], so to prompt slot[r] // n
+    slot: torch.Tensor  # (rows,): row r is response slot % n to prompt slot // n
     own: list[tuple[torch.Tensor, torch.Tensor]]  # per layer (rows, kv heads, max_new_tokens, dim)
     step: int = 0  # tokens of the responses before this one
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows go on. In place, so there are never two caches."""
-        self.slot = self.slot[rows]
+        """Only these rows go on, and only their prompts. In place, so there are never two caches."""
+        used, prompt = (self.slot[rows] // self.n).unique(return_inverse=True)
+        self.slot = prompt * self.n + self.slot[rows] % self.n
         for i, layer in enumerate(self.own):
             for x in layer:
                 x[: len(rows), :, : self.step + 1] = x[rows, :, : self.step + 1]
             self.own[i] = tuple(x[: len(rows)] for x in layer)
+        if len(used) < len(self.bias):
+            self.bias = self.bias[used]
+            for i, (keys, values) in enumerate(self.prompts):
+                self.prompts[i] = keys[used], values[used]
 
 
 def prefill(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int):
@@ -448,17 +453,18 @@ def decode(policy: Policy, prompts: list[Prompt], n: int, max_new_tokens: int, c
     """
     logits, next_position, cache = prefill(policy, prompts, n, max_new_tokens)
     logits, next_position = logits.repeat_interleave(n, 0), next_position.repeat_interleave(n, 0)
-    ended, ends = cache.slot < 0, torch.tensor(policy.end_ids, device=logits.device)  # none has
-    sampled, logprobs = torch.zeros_like(noise[..., 0], dtype=torch.long), torch.zeros_like(noise[..., 0])
+    alive, ends = cache.slot, torch.tensor(policy.end_ids, device=logits.device)  # alive: rows in the batch
+    ended, logprobs = torch.zeros_like(alive, dtype=torch.bool), torch.zeros_like(noise[..., 0])
+    sampled = torch.zeros_like(logprobs, dtype=torch.long)  # (P * n, max_new_tokens)
     for step in range(max_new_tokens):
-        tokens, chosen = choose(logits, noise[cache.slot, step])  # (rows,)
-        sampled[cache.slot, step], logprobs[cache.slot, step] = tokens, chosen
+        tokens, chosen = choose(logits, noise[alive, step])  # (alive,)
+        sampled[alive, step], logprobs[alive, step] = tokens, chosen
         ended = ended | torch.isin(tokens, ends)
         going = (~ended).nonzero()[:, 0]
         if len(going) == 0 or step == max_new_tokens - 1:
             break
-        if len(going) <= GOING * len(ended):
-            ended, tokens, next_position = ended[going], tokens[going], next_position[going]
+        if len(going) <= GOING * len(alive):
+            alive, ended, tokens, next_position = (x[going] for x in (alive, ended, tokens, next_position))
             cache.keep(going)
         cache.step = step
         inputs = {"input_ids": tokens[:, None], "position_ids": (next_position + step).expand(3, -1, -1)}

@@ -871,13 +871,13 @@ def policies(family, cfg, monkeypatch):
 
 
 def test_sampling_and_training_have_the_logprobs_of_generate(policies, cfg, tmp_path, monkeypatch):
-    """Fast decoding attends to the prompts' one cache, padded, while rows leave. Training
+    """Fast decoding attends to the prompts' one cache, padded, while rows and whole prompts leave. Training
     sees shuffled micro-batches, then each response alone. generate has repeated prompts, and leaves the
     position state of another batch size on the model."""
     prompts = [r.prompt for r in grouped_rollouts(policies[0], cfg, tmp_path)][::3]
     runs = [(prompts, 3, 0.0), (prompts, 3, 3.0), (prompts[2:3], 6, 3.0)]  # greedy; sampled; no picture
     monkeypatch.setattr(pebr, "LOGITS_CHUNK", 7)
-    for batch, n, temperature in [*runs, (prompts * 2, 1, 3.0)]:  # a row to a prompt
+    for batch, n, temperature in [*runs, (prompts * 2, 1, 3.0)]:  # a row leaves with its prompt
         how = replace(cfg, max_new_tokens=40, temperature=temperature, top_p=0.9)
         made, expected = (pebr.generate_rollouts(policy, batch, n, how, "") for policy in policies)
         for i, (a, b) in enumerate(zip(made, expected, strict=True)):
@@ -979,9 +979,9 @@ def test_rows_that_have_ended_leave_an_eighth_of_the_batch_at_a_time(policy, cfg
     assert all(set(logprobs.tolist()) == {row} for row, (_, logprobs) in enumerate(responses))
     # 15 of 16 go on: more than 7/8, none leaves; 14: two leave. So on to 8 rows, of which each is an eighth.
     sizes = [16, 14, 14, 12, 12, 10, 10, 8, 7, 6, 5, 4, 3, 2, 1]
-    # A layer, of two, scores the two prompts, then rows.
+    # A layer, of two, scores prompts, then rows. The first prompt leaves with the last of its rows.
     seen = [(len(own[0]), len(prompts[0])) for prompts, own in zip(calls[::4], calls[1::4])]
-    assert seen == [(size, 2) for size in sizes]
+    assert seen == list(zip(sizes, [2] * 7 + [1] * 8))
 
 
 def test_autocast_attends_in_bf16_to_a_cache_that_is_made_whole(policy, cfg, tmp_path, monkeypatch):
