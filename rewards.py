@@ -669,8 +669,8 @@ def score_predictions(rows: list, records: list[dict]) -> dict:
         record["verdicts"] = [is_right(answer, row) for answer in record["extracted"]]
     mean = lambda values: round(sum(values) / len(values), 4) if values else None
     rights, each = [sum(r["verdicts"]) / len(r["verdicts"]) for r in records], len(records[0]["responses"])
-    scores = {"n": len(rows), "responses_each": each, "accuracy": mean(rights)}
     n, p, z = len(rows), sum(rights) / len(rights), 1.96  # 95 % interval of a share p of n (Wilson 1927)
+    scores, groups = {"n": n, "responses_each": each, "accuracy": mean(rights)}, {}  # groups: by category
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     ends = max(0.0, middle - spread), middle + spread
     scores["interval_95"] = [round(end / (1 + z * z / n), 4) for end in ends]
@@ -680,11 +680,10 @@ def score_predictions(rows: list, records: list[dict]) -> dict:
     scores["extracted"] = mean([bool(answer) for r in records for answer in r["extracted"]])
     if each > 1:
         scores[f"pass@{each}"] = mean([right > 0 for right in rights])
-    scores["categories"] = {}
-    for category in sorted({row.category for row in rows}):
-        group = [right for row, right in zip(rows, rights) if row.category == category]
-        scores["categories"][category] = {"n": len(group), "accuracy": mean(group)}
-    return scores
+    for row, right in zip(rows, rights):
+        groups.setdefault(row.category, []).append(right)
+    categories = {name: {"n": len(group), "accuracy": mean(group)} for name, group in sorted(groups.items())}
+    return scores | {"categories": categories}
 
 
 def evaluation_table(scores: dict[str, dict], title: str) -> str:
