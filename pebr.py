@@ -278,7 +278,7 @@ def load_policy(path: str, cfg: Config) -> Policy:
 
     In float32: at lr 1e-6 a bf16 weight is too coarse to move at all. bf16 compute comes from accelerate.
     """
-    require("/" in path or Path(path).is_dir(), f"{path}: no such folder (a hub model's id has a /)")
+    require(path.count("/") == 1 or Path(path).is_dir(), f"{path}: no such folder (a hub id has one /)")
     options = dict(trust_remote_code=cfg.trust_remote_code)
     try:
         processor = AutoProcessor.from_pretrained(path, **options)
@@ -975,9 +975,9 @@ def grpo_rows(cfg: Config, policy: Policy, weights: dict) -> list[Row]:
     rows = checked_rows(cfg.from_data, cfg, policy, need)
     if "clip" in weights:
         count, rows = len(rows), [row for row in rows if row.images]
-        accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out [2]")
+        accelerator.print(f"{len(rows)} questions; {count - len(rows)} without a picture are left out")  # [2]
     if len(rows) < cfg.batch_size:
-        accelerator.print(f"{len(rows)} questions for steps of {cfg.batch_size}: each step repeats some")
+        accelerator.print(f"{len(rows)} questions for a --batch_size of {cfg.batch_size}: they repeat")
     return rows
 
 
@@ -1430,8 +1430,9 @@ def run_stage(cfg: Config) -> None:
         for name in now:
             if inside(then, name) != inside(now, name) and name not in ("run_dir", "overwrite"):
                 message = f"{folder} was begun with --{name} {then[name]}"
-                require(name not in PINNED[cfg.stage].split(), f"{message}; --overwrite begins anew")
-                accelerator.print(message)
+                anew = "--overwrite begins anew, or use another --run_dir"
+                require(name not in PINNED[cfg.stage].split(), f"{message}; {anew}")
+                accelerator.print(f"{message}; now it is {now[name]}")
     accelerator.print(f"\n=== {folder}", flush=True)
     write_text(begun, json.dumps(asdict(cfg), indent=1))
     work = {"warmup": warmup, "sample": sample, "evaluate": evaluate, "dryrun": dryrun}
@@ -1453,8 +1454,8 @@ def check_config(cfg: Config) -> None:
     stage, batch, update = cfg.stage, cfg.batch_size, cfg.update_batch_size
     processes, weights = accelerator.num_processes, STAGE_REWARDS.get(stage, {})
     flag = STAGES[stage].get("from_data", "").strip("{}")  # sft_data, train_data or test_data
-    later = "a later stage does without, given --from_model and --from_data"
-    require(cfg.from_data or not flag, f"--stage {stage} needs --{flag}; {later}")
+    later = "; a later stage does without, given --from_model and --from_data" * (stage != "evaluate")
+    require(cfg.from_data or not flag, f"--stage {stage} needs --{flag}{later}")
     require(cfg.clip_model or "clip" not in weights, f"--stage {stage} needs --clip_model")
     require(cfg.group_size > 1 or not weights, "--group_size 1: a group of one has no spread, no advantage")
     require(cfg.cosine_lo < cfg.cosine_hi, f"--cosine_lo {cfg.cosine_lo}: must be below --cosine_hi")
@@ -1492,6 +1493,8 @@ def run_stages(names: list[str], flags: dict) -> None:
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if flags.get("model", "toy") == "toy":
+                own = (folder / "toy").exists() or not any(folder.glob("*/settings.json"))
+                require(own, f"{folder} was begun with a --model: repeat it and the data flags")
                 build_toy_world(str(folder / "toy"), cfg.seed, ToyConfig(asks_shapes=cfg.toy_shapes))
     except BlockingIOError:
         raise ConfigError(f"another run is using {folder}: wait for it, or use another --run_dir") from None
@@ -1523,7 +1526,7 @@ def run_stages(names: list[str], flags: dict) -> None:
 
 def parse_flags(argv: list[str] | None) -> dict:
     """The flags that were given, as {field: value}. Booleans are --flag / --no-flag."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.description = __doc__.split("\n\nWhere this departs")[0]
     parser.epilog = "Defaults: the paper's; settings of the stage, of the toy and flags replace them in turn."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -1555,7 +1558,7 @@ def main(argv: list[str] | None = None) -> None:
             run_stages(ORDER if stage == "all" else [stage], flags)
         accelerator.end_training()
     except KeyboardInterrupt:
-        sys.exit("pebr.py: interrupted; the same command (without --overwrite) goes on")
+        sys.exit("pebr.py: interrupted; the same command (without --overwrite) goes on from what was saved")
     except (ConfigError, DataError, ClipError) as error:
         sys.exit(f"pebr.py: {error}")
     except (MemoryError, RuntimeError) as error:

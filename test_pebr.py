@@ -1289,6 +1289,9 @@ def test_what_cannot_work_stops_before_the_first_stage_with_a_message_that_names
         pebr.fcntl.flock(lock, pebr.fcntl.LOCK_EX)
         run(run_dir, "--stage warmup")
     assert not any((run_dir / stage).exists() for stage in pebr.ORDER)
+    pebr.write_text(tmp_path / "mine" / "warmup" / "settings.json", "{}")
+    with pytest.raises(SystemExit, match="mine was begun with a --model: repeat it"):
+        run(tmp_path / "mine", "--stage perception")
 
 
 def test_a_broken_model_folder_gives_the_librarys_message_and_runs_no_code(toy, cfg, tmp_path):
