@@ -72,6 +72,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, LogitsProcessorList
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -746,7 +747,8 @@ def warmup(cfg: Config, folder: Path) -> Policy:
     own = sum(map(has_instruction, rows))
     accelerator.print(f"{len(rows)} warm-up rows, {own} with an instruction of their own; dropped: {dropped}")
     model, optimizer = prepare_training(policy, cfg)
-    log, encode = StepLog(folder, cfg, len(rows)), lambda row, _: encode_example(policy, row, cfg)
+    log = StepLog(folder, cfg, len(rows))
+    encode = lambda row, _: encode_example(policy, row, cfg)
     for step in range(log.step, log.total + 1):
         batch = encode_all(local_questions(rows, step, cfg), encode)
         num_tokens = everywhere(sum(len(example.tokens) for example in batch))
@@ -848,7 +850,8 @@ def train_grpo(cfg: Config, folder: Path) -> Policy:
     model, optimizer = prepare_training(policy, cfg)
     reference = load_reference(cfg.from_model, cfg)
     update_size = cfg.update_batch_size * cfg.group_size // accelerator.num_processes  # rollouts here
-    log, encode = StepLog(folder, cfg, len(rows)), lambda row, i: encode_prompt(policy, row, cfg, i)
+    log = StepLog(folder, cfg, len(rows))
+    encode = lambda row, position: encode_prompt(policy, row, cfg, position)
     for step in range(log.step, log.total + 1):
         prompts = encode_all(local_questions(rows, step, cfg), encode)  # P
         # These rollouts serve all updates of the step: the policy that gave them is their old policy.
@@ -998,12 +1001,12 @@ def in_batches(items, size: int) -> list:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def encode_all(questions: list[tuple[Row, int]], encode) -> list:
-    """[encode(row, position)]: for a GPU in threads; on a CPU in line, since torch already uses all cores."""
+def encode_all(items: list[tuple], encode) -> list:
+    """[encode(*item)]: for a GPU in threads; on a CPU in line, since torch already uses all cores."""
     if accelerator.device.type == "cpu":
-        return list(itertools.starmap(encode, questions))
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(encode, *zip(*questions)))
+        return list(itertools.starmap(encode, items))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # this process's share of the cores
+        return list(pool.map(encode, *zip(*items)))
 
 
 def load_reference(model_path: str, cfg: Config) -> Policy | None:
@@ -1210,7 +1213,7 @@ def dryrun(cfg: Config, folder: Path) -> None:
     for timing in read_jsonl(folder / "timing.jsonl")[-1:]:
         seconds = timing["rollout_s"] + timing["reward_s"] + timing["update_s"]
         rows = len(load_rows(cfg.train_data, cfg.image_root)[0]) if cfg.train_data else 0
-        timing["rl_hours"] = round(rows / cfg.batch_size * seconds / 3600, 2)
+        timing["rl_hours"] = round(rows / cfg.batch_size * seconds / 3600, 4)
         print("DRYRUN " + json.dumps(timing))
 
 
@@ -1410,10 +1413,11 @@ def stages_to_run(names: list[str], flags: dict) -> list[Config]:
     return todo
 
 
-PINNED = "seed from_model from_data prompt_file batch_size group_size temperature top_p"  # once it has begun
+# What may not change once a stage has begun.
+PINNED = "seed from_model from_data prompt_file batch_size group_size temperature top_p"
 PINNED = dict.fromkeys(STAGES, PINNED) | {"sample": PINNED + " max_new_tokens"}
 PINNED["evaluate"] = "seed model from_data prompt_file max_pixels max_length skip_bad_rows top_p clip_model"
-PINNED["evaluate"] += " max_new_tokens eval_samples eval_temperature cosine_lo cosine_hi"  # never done
+PINNED["evaluate"] += " max_new_tokens eval_samples eval_temperature cosine_lo cosine_hi"
 
 
 def run_stage(cfg: Config) -> None:
@@ -1479,7 +1483,8 @@ def start_accelerator(cfg: Config) -> Accelerator:
     started = Accelerator(cpu=cpu, mixed_precision=precision)
     started.gradient_accumulation_steps = 1  # whatever the launcher says: backward would divide by it
     known = started.is_fsdp2 or started.distributed_type.value not in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-    require(known, f"accelerate is set to {started.distributed_type}: use configs/fsdp2.yaml")
+    empty = is_fsdp_enabled()  # then transformers loads weights, the reference's too, on one process only
+    require(known and not empty, "accelerate shards in a way that does not work here: use configs/fsdp2.yaml")
     return started
 
 
@@ -1513,10 +1518,10 @@ def run_stages(names: list[str], flags: dict) -> None:
         for path in (Path(cfg.from_model).resolve(), Path(cfg.from_data).resolve()):
             kept = not {path, *path.parents} & {*discarded}
             require(kept, f"--overwrite would delete {path}, which the stage starts from: copy it")
-        trash = folder / "discarded"  # a rename first: a kill must not leave a part of a stage
-        shutil.rmtree(trash, ignore_errors=True)
-        for stage in reversed(discarded):
-            if accelerator.is_main_process and stage.is_dir():
+        if accelerator.is_main_process:
+            trash = folder / "discarded"  # a rename first: a kill must not leave a part of a stage
+            shutil.rmtree(trash, ignore_errors=True)
+            for stage in filter(Path.is_dir, reversed(discarded)):
                 shutil.rmtree(stage.rename(trash))
     accelerator.wait_for_everyone()
     for each in todo:

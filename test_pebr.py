@@ -1,8 +1,5 @@
-"""What is true of PeBR. Run with: python -m pytest -q
-
-Everything is built here: a small toy world (pictures, rows, a tiny random Qwen2.5-VL folder, a tiny open_clip
-folder) and a second data set. No network, no GPU, deterministic. Measurements: python test_pebr.py NAME.
-"""
+"""What is true of PeBR: python -m pytest -q (no network, no GPU, deterministic). Everything is built here.
+Measurements: python test_pebr.py NAME."""
 
 import base64
 from collections import Counter
@@ -100,8 +97,7 @@ def prompts_of(policy, cfg, tmp_path, pictures=([(56, 56)], [(112, 84)])):
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rewards, CLIP's last
+# ---- Rewards, CLIP's last ----------------------------------------------------------------------------------
 
 GOOD = """### Image Description: Two red dots. ### Rationales: Count. ### Let's think step by step.
 ### Step 1: One, two. ### Step 2: So two. ### The final answer is: 2"""
@@ -512,8 +508,7 @@ def graders() -> None:
         print(f"{name} agrees with a person on {agreed} of {len(CLEAR)} pairs", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
+# ---- Data --------------------------------------------------------------------------------------------------
 
 ROW = {"qid": "1", "problem": "<image>Hm?", "answer": "3", "images": ["a.png"], "key_words": ["red dot"]}
 SAID, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "### The final answer is: 3"}
@@ -739,8 +734,7 @@ def test_the_toys_teacher_errs_as_its_head_says_and_shapes_are_asked_for_as_ofte
     assert (described["circle"], described["square"]) == (drawn["circle"], drawn["square"] + taken)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Advantages, loss, rollouts and log-probs
+# ---- Advantages, loss, rollouts and log-probs --------------------------------------------------------------
 
 
 def test_advantages_use_the_unbiased_std_and_are_exactly_zero_in_a_tied_group():
@@ -1049,8 +1043,7 @@ def test_the_bf16_reference_keeps_its_rotary_frequencies_in_float32(toy, cfg):
         assert buffer.dtype == torch.float32 and torch.equal(buffer, exact[name]), name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A pretended device: what a GPU would refuse, on a machine without one
+# ---- A pretended device: what a GPU would refuse, on a machine without one ---------------------------------
 
 DEVICE = torch.device("meta")  # "cuda" would make the autograd engine look for a driver
 
@@ -1165,8 +1158,7 @@ def test_a_pretended_device_gives_the_cpus_values(fast, again, precision, rel, a
         torch.testing.assert_close(same_weights, weights, rtol=rel, atol=absolute)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Config and stages
+# ---- Config and stages -------------------------------------------------------------------------------------
 
 SMALL = "--max_steps 2 --batch_size 4 --update_batch_size 2 --group_size 2 --max_new_tokens 16 --threads 1"
 SMALL += " --micro_batch_size 3 --eval_samples 2"
@@ -1417,7 +1409,7 @@ def test_a_dry_run_measures_full_length_steps(toy, tmp_path, capsys):
     assert min(measured[name] for name in ("rollout_s", "update_s", "tokens_per_s", "peak_gib")) > 0
     for sample in read_lines(run_dir / "dryrun" / "samples.jsonl"):
         assert {*sample["tokens"]} == {9} and all(sample["truncated"])
-    assert measured["rl_hours"] >= 0 and not (run_dir / "dryrun" / "model.safetensors").exists()
+    assert measured["rl_hours"] > 0 and not (run_dir / "dryrun" / "model.safetensors").exists()
 
 
 def test_a_complete_toy_world_is_left_alone(toy, tmp_path):
@@ -1451,6 +1443,8 @@ def test_questions_are_encoded_in_order_and_for_a_gpu_in_threads(kind, monkeypat
     rows, threads = zip(*pebr.encode_all([("a", 0), ("b", 1)], lambda *each: (each, threading.get_ident())))
     assert rows == (("a", 0), ("b", 1)) and ({*threads} == {threading.get_ident()}) == (kind == "cpu")
     assert pebr.encode_all([], None) == []
+    with pytest.raises(ZeroDivisionError):
+        pebr.encode_all([(8, 4), (8, 0)], lambda a, b: a / b)
 
 
 def test_a_stage_opens_a_picture_once_to_check_it_and_once_to_ask(toy, toy_run, tmp_path, monkeypatch):
@@ -1472,10 +1466,10 @@ def test_a_stage_opens_a_picture_once_to_check_it_and_once_to_ask(toy, toy_run, 
 
 def test_only_this_runs_own_sampling_says_where_the_pictures_are(toy, toy_run, tmp_path):
     shutil.copytree(toy_run / "sample", new_run(toy, tmp_path) / "sample")
-    path = f"{tmp_path}/sample/../sample/hard.json"
-    assert pebr.checked_rows(path, Config(run_dir=str(tmp_path)), None, ())
-    with pytest.raises(ConfigError, match="picture .* is not in"):
-        pebr.checked_rows(path, Config(run_dir=str(toy_run)), None, ())
+    for path in (f"{tmp_path}/sample/hard.json", f"{tmp_path}/sample/../sample/hard.json"):
+        assert pebr.checked_rows(path, Config(run_dir=str(tmp_path)), None, ())
+        with pytest.raises(ConfigError, match="picture .* is not in"):
+            pebr.checked_rows(path, Config(run_dir=str(toy_run)), None, ())
 
 
 def night_sky(folder, clip):
@@ -1520,7 +1514,7 @@ def test_a_second_data_set_goes_through_all_stages_to_the_kits_judge(toy, tmp_pa
     assert scores["greedy"]["format"] > 0.5  # it has learned to answer in sections
     monkeypatch.setattr(pebr, "generate_rollouts", None)
     path.unlink()  # what is saved is scored again, and not asked again
-    run(tmp_path, "--stage evaluate", flags)
+    run(f"{tmp_path}/", "--stage evaluate", flags)
     assert read_json(path) == scores
     with pytest.raises(SystemExit, match="Kit was begun with --eval_temperature 0.5; --overwrite"):
         run(tmp_path, "--stage evaluate", flags, "--eval_temperature 0.1")
@@ -1606,8 +1600,7 @@ def kills():
         print("\nseed {}: {} kills, {} files compared, differ: {}".format(seed, *found), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Several processes
+# ---- Several processes -------------------------------------------------------------------------------------
 
 ROOT, PROCESSES = Path(pebr.__file__).parent, torch.cuda.device_count() or 2
 FSDP2 = f"-m accelerate.commands.launch --main_process_port 0 --config_file {ROOT}/configs/fsdp2.yaml"
@@ -1701,10 +1694,12 @@ def test_processes_wait_two_hours_for_the_one_that_writes(monkeypatch):
     monkeypatch.setattr(pebr, "PartialState", lambda **settings: seen.update(settings) or state(cpu=True))
     pebr.start_accelerator(Config(mixed_precision="no", threads=1))
     assert seen["timeout"].total_seconds() == 2 * 3600  # NCCL's ten minutes are too short for a checkpoint
+    monkeypatch.setattr(pebr, "is_fsdp_enabled", lambda: True)  # as another config file may have it
+    with pytest.raises(ConfigError, match="use configs/fsdp2.yaml"):
+        pebr.start_accelerator(Config(mixed_precision="no", threads=1))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ablation and report; the README: what it names exists, its patches apply and train
+# ---- Ablation and report; the README: what it names exists, its patches apply and train --------------------
 
 
 def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run, tmp_path):
@@ -1726,10 +1721,10 @@ def test_the_ablation_compares_arms_of_equal_length_from_one_warmup(toy, toy_run
     assert mixed == pytest.approx(half)
     assert (folder / "shapes0.1.txt").read_text() == pebr.ablation_table(scores) + "\n"
     figures = [ElementTree.parse(folder / f"{name}.svg") for name in ("shapes0.1", "shares")]
-    lines = [figure.findall(".//{*}polyline") for figure in figures]
-    assert [*map(len, lines)] == [3 * 4, 3]  # panels x arms; measures
-    points = [len(line.get("points").split()) for line in lines[0]]
-    assert points == 3 * [3, 2, 2, 2]  # two stages pass a model, the other arms start and end
+    assert [len(figure.findall(".//{*}polyline")) for figure in figures] == [
+        3 * 4,
+        3,
+    ]  # panels x arms; measures
 
 
 def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
@@ -1741,6 +1736,18 @@ def test_the_ablations_table_has_mean_and_deviation_of_any_data_set(tmp_path):
         pebr.add_scores(found, tmp_path)
     header, gap, _ = pebr.ablation_table({pebr.GAP: found}).splitlines()
     assert [words(header), words(gap)] == [["greedy", "accuracy"], words("two - reasoning 0.500 ± 0.354")]
+
+
+def test_figures_place_means_over_seeds_at_their_step_and_gaps_at_their_share(tmp_path):
+    """Steps 0, 1, 4 and shares 0.1, 0.5 lie on x = 40 to 305; scores from 0 to 0.5 on y = 185 to 30."""
+    scores = {model: {"greedy accuracy": [0, 0]} for model in [*pebr.LABELS.values(), pebr.GAP]}
+    pebr.write_text(tmp_path / "shapes0.5.json", json.dumps(scores))
+    scores["two stages"] = scores[pebr.GAP] = {"greedy accuracy": [0.25, 0.75]}
+    pebr.write_text(tmp_path / "shapes0.1.json", json.dumps(scores))
+    pebr.write_figures(tmp_path, "shapes0.1", scores, 1, 4)
+    figures = [ElementTree.parse(tmp_path / f"{name}.svg") for name in ("shapes0.1", "shares")]
+    lines = [figure.find(".//{*}polyline").get("points") for figure in figures]
+    assert lines == ["40.0,185.0 106.2,185.0 305.0,30.0", "40.0,30.0 305.0,185.0"]
 
 
 HOSTILE = """ "'><script>alert(1)</script><img src=x onerror=alert(1)></p></style></article><a href="x:0">"""
@@ -1833,8 +1840,7 @@ def test_a_patch_of_the_readme_applies_and_trains(title, file, hunks, toy, toy_r
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in after)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Measurements: `python test_pebr.py trl`, and `gpu` for a card; `gpu tiny` tries each of its parts on a CPU
+# ---- Measurements: `python test_pebr.py trl`, and `gpu` for a card; `gpu tiny` tries each of its parts on a CPU
 
 
 def peer_world(folder, side):
@@ -1955,9 +1961,8 @@ def gpu_step(folder, engine, P, C):
     run(made, flags)
     [timing], [line] = (read_lines(made / "dryrun" / f"{name}.jsonl") for name in ("timing", "metrics"))
     speeds = {f"{part} tokens/s": line["tokens"] / timing[f"{part}_s"] for part in ("rollout", "update")}
-    clipped = line["clipped_low"] + line["clipped_high"]
-    gap = {"sampler_gap": line["sampler_gap"], "clipped by rounding": clipped}
-    return speeds | {"peak GiB": timing["peak_gib"]} | gap
+    speeds |= {"peak GiB": timing["peak_gib"], "sampler_gap": line["sampler_gap"]}
+    return speeds | {"clipped by rounding": line["clipped_low"] + line["clipped_high"]}
 
 
 def gpu(size=""):
@@ -1984,10 +1989,9 @@ def gpu(size=""):
 
         hf.AutoModelForImageTextToText.from_pretrained = random_model
         torch.optim.AdamW.step = lambda *_: None
-        cases = [(512, 8), (512, 32), (2048, 8), (2048, 32)]
-        for fast, (C, P) in itertools.product((True, False), [(2, 1), *([(6, 2)] if size else cases)]):
-            if fast or C < 2048:  # the first of an engine loads kernels
-                engine = "--fast" if fast else "--no-fast"
+        cases = [(2, 1), *([(6, 2)] if size else [(512, 8), (512, 32), (2048, 8), (2048, 32)])]
+        for engine, (C, P) in itertools.product(("--fast", "--no-fast"), cases):  # its first loads kernels
+            if engine == "--fast" or C < 2048:
                 failed.append(report(f"{8 * P} x {C} tokens, {engine}", gpu_step, folder, engine, P, C))
         sys.exit(any(failed))
 
